@@ -1,0 +1,134 @@
+"""The bundle: a folder of graphs and the manifest that build and run must agree on."""
+
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from aesanet.axes import AXES
+from aesanet.errors import BundleError
+from aesanet.hashing import file_sha256
+from aesanet.lengths import MEL_BINS, SAMPLE_RATE, WindowPolicy
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_NAME: Final = "bundle.json"
+
+GraphName = Literal["frontend", "encoder", "head"]
+GRAPH_NAMES: Final[tuple[GraphName, ...]] = ("frontend", "encoder", "head")
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output of a graph; an axis is a size, or the name of a dynamic axis."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One ONNX file of a bundle."""
+
+    file: str
+    sha256: str
+    precision: Literal["fp32"]
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint that a bundle was made from, with its whole config."""
+
+    checkpoint: str
+    sha256: str
+    beats_sha256: str | None
+    config: dict[str, Any]
+
+
+class ParityCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """ONNX Runtime against PyTorch on one batch: largest absolute differences."""
+
+    num_samples: tuple[int, ...]
+    fbank_max_abs: float
+    features_max_abs: float
+    scores_max_abs: float
+
+
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured after the export, the worst over all cases, and the limits that it had to keep."""
+
+    engine: str
+    features_max_abs: float
+    scores_max_abs: float
+    features_limit: float
+    scores_limit: float
+    cases: tuple[ParityCase, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`bundle.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    axes: tuple[str, ...] = AXES
+    sample_rate: int = SAMPLE_RATE
+    window: WindowPolicy
+    weights: Literal["trained", "demo", "untrained"]
+    score_range: tuple[float, float]
+    calibration: dict[str, dict[str, float]]
+    graphs: dict[GraphName, GraphSpec]
+    source: Source
+    tools: dict[str, str]
+    parity: Parity
+
+
+def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a graph, the same in every engine; `width` is the trunk's."""
+    fbank = TensorSpec("fbank", "float32", ("batch", "frames", MEL_BINS))
+    tokens = TensorSpec("num_tokens", "int64", ("batch",))
+    features = TensorSpec("features", "float32", ("batch", "tokens", width))
+    if graph == "frontend":
+        return (TensorSpec("waveform", "float32", ("batch", "samples")),), (fbank,)
+    if graph == "encoder":
+        return (fbank, tokens), (features,)
+    return (features, tokens), (TensorSpec("scores", "float32", ("batch", len(AXES))),)
+
+
+def read_manifest(bundle: str | Path) -> Manifest:
+    """Read and check `bundle.json`; raises BundleError that names the field, what was found and what to do."""
+    path = Path(bundle) / MANIFEST_NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{bundle}: no bundle here ({path}: {error.strerror}); make one with `aesanet export`"
+        ) from None
+    try:
+        version = msgspec.convert(msgspec.json.decode(content), dict[str, Any]).get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema_version is {version!r}, not {SCHEMA_VERSION}; export the checkpoint again"
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path}: {error}; export the checkpoint again") from None
+    for field, found, expected in (
+        ("axes", manifest.axes, AXES),
+        ("sample_rate", manifest.sample_rate, SAMPLE_RATE),
+        ("graphs", tuple(manifest.graphs), GRAPH_NAMES),
+    ):
+        if found != expected:
+            raise BundleError(f"{path}: {field} is {found}; expected {expected}; export the checkpoint again")
+    return manifest
+
+
+def graph_file(bundle: str | Path, manifest: Manifest, graph: GraphName) -> Path:
+    """The path of a graph's ONNX file, once its hash was seen to be the manifest's; raises BundleError."""
+    spec = manifest.graphs[graph]
+    path = Path(bundle) / spec.file
+    if Path(spec.file).name != spec.file or not path.is_file():
+        raise BundleError(f"{path}: no such file in the bundle; export the checkpoint again")
+    if (found := file_sha256(path)) != spec.sha256:
+        raise BundleError(
+            f"{path}: sha256 is {found}, but the manifest says {spec.sha256}; export the checkpoint again"
+        )
+    return path

@@ -1,0 +1,111 @@
+"""`aesanet doctor`: what works on this machine, and how to get what does not."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from aesanet import __version__
+
+_PACKAGES = {
+    "score": ("numpy", "soundfile", "soxr", "msgspec"),
+    "export": ("torch", "onnx", "onnxscript", "safetensors"),
+}
+_GPU_QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
+
+
+@click.command()
+def doctor() -> None:
+    """Say what works on this machine, and how to get what does not.
+
+    Exit status: 0 when at least one engine can score, 2 when none can.
+    """
+    from aesanet.errors import BackendError
+    from aesanet.runtime.backends import supported_backends
+
+    click.echo(f"aesanet {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    click.echo(f"processor: {_processor()}, {_cores()} cores for this process")
+    for gpu in _gpus():
+        click.echo(f"GPU: {gpu}")
+
+    click.echo("\nengines")
+    supported = supported_backends()
+    for name, support in supported.items():
+        runs = ", ".join(f"{device} {precision}" for device, precision in support.runs)
+        head = f"{name} {support.version}: {runs}" if support.version else f"{name}:"
+        click.echo(f"  {head} ({support.detail})")
+
+    for command, packages in _PACKAGES.items():
+        click.echo(f"\npackages of `aesanet {command}`")
+        for package in packages:
+            found = _version(package)
+            remedy = "missing: pip install " + ("aesanet" if command == "score" else f"'aesanet[{command}]'")
+            click.echo(f"  {package} {found or remedy}")
+
+    click.echo("\naudio")
+    for line in _codecs():
+        click.echo(f"  {line}")
+    if not any(support.runs for support in supported.values()):
+        raise BackendError("no engine is installed: pip install 'aesanet[cpu]' or 'aesanet[openvino]'")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> Iterator[str]:
+    """What NVIDIA's own tool lists; it comes with the driver, so without it there is no usable GPU."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        yield "none (no nvidia-smi, so no NVIDIA driver)"
+        return
+    found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
+    yield from found.stdout.splitlines() if found.returncode == 0 else [f"nvidia-smi failed: {found.stderr.strip()}"]
+
+
+def _codecs() -> Iterator[str]:
+    """Formats that were encoded and decoded just now, not read from a list."""
+    import io
+
+    import numpy as np
+    import soundfile
+
+    working: list[str] = []
+    failing: list[str] = []
+    for name, subtype in (
+        ("WAV", "PCM_16"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", "MPEG_LAYER_III"),
+    ):
+        label = subtype.lower() if name == "OGG" else name.lower()
+        try:
+            file = io.BytesIO()
+            soundfile.write(file, np.zeros(48_000, np.float32), 48_000, format=name, subtype=subtype)
+            file.seek(0)
+            (working if len(soundfile.read(file)[0]) else failing).append(label)
+        except (soundfile.LibsndfileError, ValueError):
+            failing.append(label)
+    yield f"libsndfile {soundfile.__libsndfile_version__}: decodes {', '.join(working)}"
+    if failing:
+        yield f"cannot decode {', '.join(failing)}: install soundfile from PyPI, whose own libsndfile can"

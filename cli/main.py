@@ -1,0 +1,54 @@
+"""The `aesanet` command: each family of commands is imported only when it is called."""
+
+import importlib
+import sys
+
+import click
+
+from aesanet import __version__
+from aesanet.cli.notes import note
+from aesanet.errors import AesanetError
+
+_COMMANDS = {
+    "export": ("build", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
+    "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
+    "doctor": ("doctor", "Say what works on this machine, and how to get what does not."),
+}
+
+EXIT_COULD_NOT_RUN = 2
+
+
+class _Commands(click.Group):
+    """Lists all commands without importing any of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"aesanet.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="aesanet")
+def cli() -> None:
+    """Perceptual audio scores from an exported AESA-Net.
+
+    Exit status: 0 all rows were scored, 1 some rows failed, 2 the command could not run.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors that we raise on purpose become one line and exit status 2."""
+    try:
+        cli(args=arguments, prog_name="aesanet")
+    except AesanetError as error:
+        note(str(error))
+        sys.exit(EXIT_COULD_NOT_RUN)

@@ -1,0 +1,24 @@
+"""What all commands share: lines for people on stderr, and one answer to a missing extra."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from aesanet.errors import BackendError
+
+
+def note(message: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(f"aesanet: {message}", err=True)
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turn a failed import in the block into the command that installs what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"{error.name} is not installed; this command needs: pip install 'aesanet[{name}]'"
+        ) from None

@@ -1,0 +1,138 @@
+"""`aesanet score`: rows of audio in, rows of scores out."""
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from aesanet.axes import AXES
+from aesanet.cli.notes import note
+from aesanet.errors import InputError
+
+EXIT_ROWS_FAILED = 1
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the rows to this file as JSON lines, not to stdout."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the --out file if it exists.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["auto", "jsonl", "table"]),
+    default="auto",
+    show_default=True,
+    help="Of stdout; auto is a table on a terminal.",
+)
+@click.option("--backend", type=click.Choice(["auto", "onnxruntime", "openvino"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the encoder; the front end and the head are FP32.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]")
+def score(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    layout: str,
+    threads: int | None,
+    **engine: Any,
+) -> None:
+    """Score audio with BUNDLE, one output row an input row, in order.
+
+    INPUTS are audio files, folders, globs, manifests (.jsonl, .csv, .tsv with a `path` and perhaps `start_time` and
+    `end_time` in seconds) or `-` for JSON lines or plain paths on standard input.
+
+    Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start.
+    """
+    from tqdm import tqdm
+
+    from aesanet.runtime.rows import count_rows, read_rows, write_row
+    from aesanet.runtime.scorer import Scorer
+
+    total = count_rows(inputs)
+    if total == 0:
+        raise InputError(f"no audio in {', '.join(inputs)}")
+    scorer = Scorer.open(bundle, threads=threads, **engine)
+    note(f"{scorer.backend.name} ({scorer.reason})")
+    if scorer.manifest.weights == "untrained":
+        note("the weights of this bundle are untrained (random): its scores say nothing about the audio")
+
+    rows = failed = 0
+    seconds = 0.0
+    started = time.monotonic()
+    with ExitStack() as stack:
+        try:
+            file = sys.stdout if out is None else stack.enter_context(_create(out, overwrite))
+            table = out is None and (layout == "table" or (layout == "auto" and file.isatty()))
+            if table:
+                _write_header(file)
+            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, file=sys.stderr, smoothing=0.1))
+            for row in scorer.stream(read_rows(inputs)):
+                with tqdm.external_write_mode(file=file):
+                    if table:
+                        _write_line(file, row)
+                    else:
+                        write_row(file, row)
+                rows += 1
+                failed += "error" in row
+                seconds += row.get("seconds", 0.0)
+                bar.set_postfix_str(f"{seconds / 3600 / (time.monotonic() - started):.3f} h of audio/s", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            bar.close()
+            note(f"interrupted after {rows} rows, all of them written")
+            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_ROWS_FAILED)
+    took = time.monotonic() - started
+    speed = f"{seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.0f} x real time)"
+    note(f"{rows - failed} of {rows} clips scored, {speed}")
+    if failed:
+        sys.exit(EXIT_ROWS_FAILED)
+
+
+def _create(out: Path, overwrite: bool) -> TextIO:
+    try:
+        return open(out, "w" if overwrite else "x", encoding="utf-8")
+    except FileExistsError:
+        raise InputError(f"{out}: exists; give --overwrite to replace it, or another name") from None
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}") from None
+
+
+_NAME_WIDTH = 48
+
+
+def _write_header(file: TextIO) -> None:
+    file.write(f"{'clip':{_NAME_WIDTH}}" + "".join(f"{axis:>7}" for axis in AXES) + f"{'seconds':>10}\n")
+    file.flush()
+
+
+def _write_line(file: TextIO, row: dict[str, Any]) -> None:
+    """One line for people; a long path keeps its end."""
+    name = str(row.get("path", row.get("line", ""))).encode(file.encoding, "backslashreplace").decode(file.encoding)
+    name = name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]
+    if "error" in row:
+        what = f"  {row['error']['code']}: {row['error']['message']}"
+    else:
+        what = "".join(f"{row[axis]:7.3f}" for axis in AXES) + f"{row['seconds']:10.2f}"
+        if "truncated" in row:
+            what += f"  truncated: the header says {row['truncated']['header_seconds']:.2f} s"
+    file.write(f"{name:{_NAME_WIDTH}}{what}\n")
+    file.flush()

@@ -1,0 +1,58 @@
+"""Checkpoint to bundle: load, export, check, write."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from aesanet import __version__
+from aesanet.bundle import GRAPH_NAMES, GraphName, GraphSpec, Manifest, Source
+from aesanet.export.graph import export_graph
+from aesanet.export.parity import measure_parity
+from aesanet.export.writer import new_bundle, write_manifest
+from aesanet.hashing import file_sha256
+from aesanet.models.checkpoint import load_checkpoint
+
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    out: str | Path,
+    beats: str | Path | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Manifest:
+    """Export a checkpoint to a bundle folder at `out`, which takes its place only after it passed the parity check.
+
+    checkpoint, beats : as `load_checkpoint` takes them
+    progress          : called with a line about each step as it begins
+
+    Raises CheckpointError or ExportError; a bundle that was at `out` is then left as it was.
+    """
+    with new_bundle(out) as folder:
+        progress(f"loading {checkpoint}")
+        model = load_checkpoint(checkpoint, beats)
+        graphs: dict[GraphName, GraphSpec] = {}
+        for name in GRAPH_NAMES:
+            progress(f"exporting {name}")
+            graphs[name] = export_graph(model, name, folder / f"{name}.onnx")
+        progress("comparing ONNX Runtime with PyTorch")
+        head = model.config.head
+        manifest = Manifest(
+            window=model.config.window,
+            weights=model.config.weights,
+            score_range=head.score_range,
+            calibration=msgspec.to_builtins(head.calibration),
+            graphs=graphs,
+            source=Source(
+                checkpoint=Path(checkpoint).name,
+                sha256=file_sha256(checkpoint),
+                beats_sha256=None if beats is None else file_sha256(beats),
+                config=msgspec.to_builtins(model.config),
+            ),
+            tools={"aesanet": __version__, **{tool: version(tool) for tool in _TOOLS}},
+            parity=measure_parity(model, folder),
+        )
+        write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,62 @@
+"""What every checkpoint reader needs: tensors from a pickle without running it, and keys checked by name."""
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aesanet.errors import CheckpointError
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path itself; raises CheckpointError unless it is a regular file."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: " + ("not a regular file" if Path(path).exists() else "no such file"))
+    return Path(path)
+
+
+def read_pickle(path: str | Path) -> dict[str, Any]:
+    """The top-level dict of a `.pt` file, tensors and plain containers only; raises CheckpointError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's doubts about a file that is refused next
+            content = torch.load(existing_file(path), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: not tensors and plain values alone, so it is not opened: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a PyTorch file: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict")
+    return content
+
+
+def check_dict(path: str | Path, state: Any) -> None:
+    """Raise CheckpointError unless the weights are a dict with string keys."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{path}: the weights are a {type(state).__name__}; expected a dict of named tensors")
+
+
+def check_tensors(path: str | Path, state: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError that names missing keys, unknown keys, or the first value of another shape."""
+    check_dict(path, state)
+    if missing := [key for key in expected if key not in state]:
+        raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} keys are missing: {_some(missing)}")
+    if unknown := [key for key in state if key not in expected]:
+        raise CheckpointError(f"{path}: {len(unknown)} keys are unknown: {_some(unknown)}")
+    for key, shape in expected.items():
+        value = state[key]
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}; expected a tensor {list(shape)}")
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"{path}: {key} has shape {list(value.shape)}; the config asks for {list(shape)}")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {key} holds NaN or infinite values")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "")

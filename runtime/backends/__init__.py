@@ -1,0 +1,57 @@
+"""Which engine runs a bundle: the one asked for, or the fastest that this machine has."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from aesanet.errors import BackendError
+from aesanet.runtime.backends import onnxruntime, openvino
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
+
+BackendName = Literal["onnxruntime", "openvino"]
+
+_Open = Callable[[BundleFiles, Device, Precision, int | None], Backend]
+_ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
+    "onnxruntime": (onnxruntime.OnnxRuntimeBackend, onnxruntime.support),
+    "openvino": (openvino.OpenVINOBackend, openvino.support),
+}
+
+# Fastest first, by benchmarks/results; why each stands where it does is told to the user.
+_FASTEST_FIRST: tuple[tuple[BackendName, Device, Precision, str], ...] = (
+    ("onnxruntime", "cuda", "fp32", "a CUDA GPU is here"),
+    ("openvino", "cpu", "bf16", "this processor computes in bf16"),
+    ("openvino", "cpu", "fp32", "the fastest FP32 on a CPU"),
+    ("onnxruntime", "cpu", "fp32", "the only engine that can run it here"),
+)
+
+
+def supported_backends() -> dict[BackendName, Support]:
+    """What each engine can run on this machine."""
+    return {name: support() for name, (_, support) in _ENGINES.items()}
+
+
+def open_backend(
+    files: BundleFiles,
+    name: BackendName | Literal["auto"] = "auto",
+    device: Device | Literal["auto"] = "auto",
+    precision: Precision | Literal["auto"] = "auto",
+    threads: int | None = None,
+) -> tuple[Backend, str]:
+    """Open the fastest engine that fits what was asked for, and say why it was taken.
+
+    Raises BackendError that says what the machine's engines can do and what to install.
+    """
+    here = supported_backends()
+    failed = ""
+    for engine, on, in_precision, reason in _FASTEST_FIRST:
+        asked = (name in ("auto", engine), device in ("auto", on), precision in ("auto", in_precision))
+        if all(asked) and (on, in_precision) in here[engine].runs:
+            try:
+                backend = _ENGINES[engine][0](files, on, in_precision, threads)
+            except BackendError as error:
+                failed += f"; {error}"
+                continue
+            return backend, reason if "auto" in (name, precision) else "as asked"
+    found = "; ".join(f"{engine}: {support.detail}" for engine, support in here.items())
+    raise BackendError(
+        f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found}{failed})"
+    )

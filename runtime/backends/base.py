@@ -1,0 +1,47 @@
+"""What every engine offers, and no more: scores of a padded batch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from aesanet.bundle import Manifest
+
+Precision = Literal["fp32", "bf16"]
+Device = Literal["cpu", "cuda"]
+
+
+class Backend(Protocol):
+    """An engine with a bundle's three graphs loaded."""
+
+    name: str
+    """Of the engine, its version, its device and the encoder's precision, for people and reports."""
+
+    def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+        """Score one batch.
+
+        waveform    : float32 [batch, samples], 16 kHz, padded at the end with zeros
+        num_samples : int64 [batch], each at least 2,800
+        returns     : float32 [batch, 4], order CE, CU, PC, PQ
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """A bundle whose manifest and graph files were checked, as engines take it."""
+
+    manifest: Manifest
+    frontend: Path
+    encoder: Path
+    head: Path
+
+
+@dataclass(frozen=True)
+class Support:
+    """What an engine can do on this machine, or why it cannot run at all."""
+
+    version: str | None
+    runs: tuple[tuple[Device, Precision], ...]
+    detail: str

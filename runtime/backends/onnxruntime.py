@@ -1,0 +1,53 @@
+"""ONNX Runtime: FP32 on every processor, and on NVIDIA GPUs where onnxruntime-gpu is installed."""
+
+from typing import Any
+
+import numpy as np
+
+from aesanet.errors import BackendError
+from aesanet.lengths import num_tokens
+from aesanet.runtime.backends.base import BundleFiles, Device, Precision, Support
+
+
+class OnnxRuntimeBackend:
+    """Three sessions on one device."""
+
+    def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0: one a physical core
+        options.log_severity_level = 3
+        # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
+        providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if device == "cuda" else []
+        providers.append("CPUExecutionProvider")
+        self._frontend, self._encoder, self._head = (
+            onnxruntime.InferenceSession(path, options, providers=providers)
+            for path in (files.frontend, files.encoder, files.head)
+        )
+        # A provider that cannot start is passed over with no error.
+        if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
+            raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
+        self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
+
+    def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+        """As `Backend.scores`."""
+        tokens = num_tokens(num_samples)
+        (fbank,) = self._frontend.run(["fbank"], {"waveform": waveform})
+        (features,) = self._encoder.run(["features"], {"fbank": fbank, "num_tokens": tokens})
+        (scores,) = self._head.run(["scores"], {"features": features, "num_tokens": tokens})
+        return np.asarray(scores)
+
+
+def support() -> Support:
+    """What ONNX Runtime can run here."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return Support(None, (), "not installed: pip install 'aesanet[cpu]', or onnxruntime-gpu for CUDA")
+    runs: list[tuple[Device, Precision]] = [("cpu", "fp32")]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        runs.insert(0, ("cuda", "fp32"))
+    return Support(
+        onnxruntime.__version__, tuple(runs), "providers " + ", ".join(onnxruntime.get_available_providers())
+    )

@@ -1,0 +1,57 @@
+"""OpenVINO: the fastest on CPUs, in bf16 where the processor computes in it."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aesanet.lengths import num_tokens
+from aesanet.runtime.backends.base import BundleFiles, Device, Precision, Support
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVINOBackend:
+    """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
+
+    def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
+        from openvino import Core
+
+        core = Core()
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+
+        def request(path: Path, hint: str) -> Any:
+            return core.compile_model(path, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
+
+        self._frontend = request(files.frontend, "f32")
+        self._encoder = request(files.encoder, _HINTS[precision])
+        self._head = request(files.head, "f32")
+        self.name = f"openvino {version('openvino')} {device} {precision}"
+
+    def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+        """As `Backend.scores`."""
+        tokens = num_tokens(num_samples)
+        fbank = _run(self._frontend, {"waveform": waveform})
+        features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens})
+        return _run(self._head, {"features": features, "num_tokens": tokens}).copy()
+
+
+def support() -> Support:
+    """What OpenVINO can run here; bf16 only where the processor has instructions for it."""
+    try:
+        from openvino import Core
+    except ImportError:
+        return Support(None, (), "not installed: pip install 'aesanet[openvino]'")
+    capabilities = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    runs: tuple[tuple[Device, Precision], ...] = (("cpu", "fp32"),)
+    if "BF16" in capabilities:
+        runs = (("cpu", "bf16"), *runs)
+    return Support(version("openvino"), runs, "CPU capabilities " + ", ".join(capabilities))
+
+
+def _run(request: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The one output of a graph; it is the request's own memory, good until the next call."""
+    return np.asarray(request.infer(inputs, share_inputs=True, share_outputs=True)[0])

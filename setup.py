@@ -1,0 +1,11 @@
+"""Maps the rooms at the top of the repository to the one import name `aesanet`; the rest is in pyproject.toml."""
+
+from setuptools import setup
+
+ROOMS = ("models", "export", "runtime", "runtime.backends", "benchmarks", "training", "cli")
+
+setup(
+    packages=["aesanet", *(f"aesanet.{room}" for room in ROOMS)],
+    package_dir={"aesanet": "aesanet", **{f"aesanet.{room}": room.replace(".", "/") for room in ROOMS}},
+    package_data={"aesanet": ["py.typed"]},
+)

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_model, tiny_config
+
+from aesanet.export.build import export_bundle
+from aesanet.models.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
+RECORDINGS = sorted(p for p in (ROOT / "models" / "demo" / "samples").iterdir() if p.suffix != ".md")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    # Two that wait for each other on a busy machine are many times slower than one.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return random_model(tiny_config(), seed=7)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_checkpoint(tiny_model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory):
+    """A small random network, exported; its four axes and its calibration all differ."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny.bundle"
+    export_bundle(tiny_checkpoint, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory):
+    """The checkpoint that the project ships, exported."""
+    out = tmp_path_factory.mktemp("bundles") / "demo.bundle"
+    export_bundle(DEMO_CHECKPOINT, out)
+    return out

@@ -1,0 +1,188 @@
+"""Small random models, public BEATs files and audio for the tests."""
+
+import math
+
+import numpy as np
+import torch
+
+from aesanet.models.aesanet import AESANet
+from aesanet.models.config import AESANetConfig, Affine, BEATsConfig, Calibration, HeadConfig
+
+
+def tiny_config(**beats):
+    """All sizes differ, and half a second of audio reaches all three regions of the distance buckets."""
+    sizes = {
+        "embed_dim": 24,
+        "encoder_layers": 3,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 56,
+        "encoder_attention_heads": 4,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+        "num_buckets": 20,  # near distances below 5,
+        "max_distance": 14,  # logarithmic steps up to here
+    }
+    # Exact in float32, so that a float64 reference can agree with the model in float64 to the last digits.
+    calibration = Calibration(CE=Affine(offset=0.25), CU=Affine(scale=0.875), PC=Affine(scale=1.25, offset=-0.5))
+    head = HeadConfig(
+        adapter_width=20,
+        lstm_hidden=12,
+        shared_width=16,
+        attention_heads=4,
+        score_range=(0.5, 9.5),
+        calibration=calibration,
+    )
+    return AESANetConfig(beats=BEATsConfig(**(sizes | beats)), head=head, weights="untrained")
+
+
+def random_model(config, seed):
+    """An AESANet in eval mode with random parameters, none of them at its initial or a trivial value."""
+    generator = torch.Generator().manual_seed(seed)
+    model = AESANet(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_random_tensor(name, parameter.shape, generator))
+    return model.eval()
+
+
+def _random_tensor(name, shape, generator):
+    """Random values of the scale that a trained network could have under this name, ours or the public one."""
+    noise = torch.randn(shape, generator=generator)
+    if name.endswith(("relative_bias.table.weight", "relative_attention_bias.weight", "layer_weights")):
+        return noise
+    if name.endswith("grep_a"):
+        return 1 + 0.5 * noise
+    if name.endswith("weight_g"):
+        return 1 + 0.2 * noise
+    if "norm." in name:
+        return 1 + 0.2 * noise if name.endswith("weight") else 0.2 * noise
+    if "bias" in name:
+        return 0.2 * noise
+    gains = {".q_proj": 1.5, ".k_proj": 1.5, "lstm.": 1.5, "axes.": 2.0}  # others 1
+    gain = next((value for part, value in gains.items() if part in name), 1.0)
+    return gain * noise / math.sqrt(noise[0].numel())
+
+
+def state_of(model):
+    """The model's state dict as the float64 arrays that `reference` takes."""
+    return {key: value.double().numpy() for key, value in model.state_dict().items()}
+
+
+def public_shapes(config, fine_tuned=False):
+    """Every key of a public BEATs file with its shape, in the older spelling of weight norm."""
+    width, embed, ffn = config.encoder_embed_dim, config.embed_dim, config.encoder_ffn_embed_dim
+    heads = config.encoder_attention_heads
+    shapes = {"patch_embedding.weight": (embed, 1, 16, 16), "layer_norm.weight": (embed,), "layer_norm.bias": (embed,)}
+    if embed != width:
+        shapes |= {"post_extract_proj.weight": (width, embed), "post_extract_proj.bias": (width,)}
+    shapes |= {
+        "encoder.pos_conv.0.bias": (width,),
+        "encoder.pos_conv.0.weight_g": (1, 1, config.conv_pos),
+        "encoder.pos_conv.0.weight_v": (width, width // config.conv_pos_groups, config.conv_pos),
+        "encoder.layer_norm.weight": (width,),
+        "encoder.layer_norm.bias": (width,),
+    }
+    for i in range(config.encoder_layers):
+        layer = f"encoder.layers.{i}."
+        for projection in "qkv":
+            shapes[f"{layer}self_attn.{projection}_proj.weight"] = (width, width)
+            shapes[f"{layer}self_attn.{projection}_proj.bias"] = (width,)
+        shapes |= {
+            layer + "self_attn.out_proj.weight": (width, width),
+            layer + "self_attn.out_proj.bias": (width,),
+            layer + "self_attn.grep_linear.weight": (8, width // heads),
+            layer + "self_attn.grep_linear.bias": (8,),
+            layer + "self_attn.grep_a": (1, heads, 1, 1),
+            layer + "self_attn.relative_attention_bias.weight": (config.num_buckets, heads),
+            layer + "self_attn_layer_norm.weight": (width,),
+            layer + "self_attn_layer_norm.bias": (width,),
+            layer + "fc1.weight": (ffn, width),
+            layer + "fc1.bias": (ffn,),
+            layer + "fc2.weight": (width, ffn),
+            layer + "fc2.bias": (width,),
+            layer + "final_layer_norm.weight": (width,),
+            layer + "final_layer_norm.bias": (width,),
+        }
+    if fine_tuned:
+        shapes |= {"predictor.weight": (527, width), "predictor.bias": (527,)}
+    return shapes
+
+
+def public_beats_file(path, config: BEATsConfig, seed, fine_tuned=False, new_weight_norm=False):
+    """Write a random checkpoint as the public BEATs files are laid out, and return its content.
+
+    The trunk depends on config and seed alone, so files of the other two choices hold the same network.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = {key: _random_tensor(key, shape, generator) for key, shape in public_shapes(config, fine_tuned).items()}
+    table = model["encoder.layers.0.self_attn.relative_attention_bias.weight"]
+    for i in range(config.encoder_layers):
+        model[f"encoder.layers.{i}.self_attn.relative_attention_bias.weight"] = table.clone()
+    if new_weight_norm:
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+            model[f"encoder.pos_conv.0.parametrizations.weight.{new}"] = model.pop(f"encoder.pos_conv.0.{old}")
+    cfg = {
+        "input_patch_size": 16,
+        "embed_dim": config.embed_dim,
+        "conv_bias": False,
+        "encoder_layers": config.encoder_layers,
+        "encoder_embed_dim": config.encoder_embed_dim,
+        "encoder_ffn_embed_dim": config.encoder_ffn_embed_dim,
+        "encoder_attention_heads": config.encoder_attention_heads,
+        "activation_fn": "gelu",
+        "layer_wise_gradient_decay_ratio": 0.6,
+        "layer_norm_first": False,
+        "deep_norm": config.deep_norm,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.05,
+        "dropout_input": 0.0,
+        "conv_pos": config.conv_pos,
+        "conv_pos_groups": config.conv_pos_groups,
+        "relative_position_embedding": True,
+        "num_buckets": config.num_buckets,
+        "max_distance": config.max_distance,
+        "gru_rel_pos": True,
+        "finetuned_model": fine_tuned,
+        "predictor_dropout": 0.0,
+        "predictor_class": 527,
+    }
+    content = {"cfg": cfg, "model": model}
+    if fine_tuned:
+        content["label_dict"] = {i: f"/m/{i:05}" for i in range(527)}
+    torch.save(content, path)
+    return content
+
+
+SPARSE = ("sine", "tones", "sweep", "clicks", "gaps")
+"""Those of `synthetic_audio` that leave bins of some frames empty; there a float32 fbank shows its rounding errors."""
+
+
+def synthetic_audio(rng, seconds):
+    """Waveforms by name, float32 [samples] in [-1, 1): noise, tones, sweeps, speechlike bursts and gaps of silence."""
+    samples = round(16000 * seconds)
+    t = np.arange(samples) / 16000
+    noise = rng.standard_normal(samples)
+    low, high = 150 * rng.uniform(0.7, 1.4), 6000 * rng.uniform(0.7, 1.2)
+    phase = 2 * np.pi * rng.uniform()
+    sweep = 2 * np.pi * low * seconds / math.log(high / low) * np.expm1(t / seconds * math.log(high / low))
+    pitch = 2 * np.pi * np.cumsum(low * (1 + 0.2 * np.sin(2 * np.pi * 3 * t + phase))) / 16000
+    voiced = sum(np.sin(k * pitch) / k for k in range(1, 12))
+    syllables = np.maximum(0, np.sin(2 * np.pi * 4 * rng.uniform(0.8, 1.2) * t + phase))
+    speechlike = syllables * (0.2 * voiced + 0.05 * noise) + 1e-4 * noise
+    gaps = np.where(np.sin(2 * np.pi * 2.5 * t + phase) > 0, 1.0, 0.0)
+    tones = sum(0.1 * np.sin(2 * np.pi * f * t + phase) for f in rng.uniform(60, 7500, 5))
+    audio = {
+        "white_noise": 0.2 * noise,
+        "quiet_noise": 1e-4 * noise,
+        "red_noise": 0.02 * np.cumsum(noise - noise.mean()) / math.sqrt(samples) * 20,
+        "sine": 0.7 * np.sin(2 * np.pi * high * t + phase),
+        "tones": tones,
+        "sweep": 0.5 * np.sin(sweep),
+        "speechlike": speechlike,
+        "gaps": gaps * speechlike,
+        "clipped": 3 * speechlike,
+        "clicks": np.where(rng.uniform(size=samples) < 0.001, rng.uniform(-1, 1, samples), 0),
+    }
+    return {name: np.clip(wave, -1, 1 - 2**-15).astype(np.float32) for name, wave in audio.items()}

@@ -1,0 +1,183 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+from conftest import RECORDINGS, ROOT
+
+from aesanet import __version__
+from aesanet.axes import AXES
+from aesanet.cli.main import cli, main
+from aesanet.errors import CLIP_ERROR_CODES
+
+COMMAND = [sys.executable, "-c", "from aesanet.cli.main import main; main()"]
+
+
+def aesanet(*arguments, stdin=None, status=0):
+    """Run the command as users do; stdout's text, and stderr's."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, input=stdin, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done.stdout, done.stderr
+
+
+def rows_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Two clips and a file that is no audio, in a folder."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for name in ("a.wav", "b.flac"):
+        soundfile.write(folder / name, rng.normal(0, 0.1, 24_000), 16_000)
+    (folder / "c.mp3").write_text("no audio")
+    return folder
+
+
+def test_rows_on_stdout_notes_on_stderr_and_a_status_for_failed_rows(tiny_bundle, audio):
+    out, err = aesanet("score", tiny_bundle, audio, status=1)
+    rows = rows_of(out)
+    assert [os.path.basename(row["path"]) for row in rows] == ["a.wav", "b.flac", "c.mp3"]
+    for row in rows[:2]:
+        assert list(row) == ["path", *AXES, "seconds"]
+        assert row["seconds"] == 1.5
+    assert rows[2]["error"]["code"] == "undecodable"
+    assert "untrained" in err
+    assert "2 of 3 clips scored" in err
+    aesanet("score", tiny_bundle, audio / "a.wav", audio / "b.flac", status=0)
+
+
+def test_a_manifest_of_audiobox_aesthetics_runs_unchanged(tiny_bundle, audio, tmp_path):
+    lines = [
+        {"path": str(audio / "a.wav"), "start_time": 0, "end_time": 1},
+        {"path": str(audio / "b.flac"), "start_time": 0.5, "label": "\u00e9"},
+    ]
+    manifest = tmp_path / "in.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = rows_of(aesanet("score", tiny_bundle, manifest)[0])
+    assert [row["seconds"] for row in rows] == [1.0, 1.0]
+    assert [{key: row[key] for key in line} for row, line in zip(rows, lines, strict=True)] == lines
+
+    piped = rows_of(aesanet("score", tiny_bundle, "-", stdin=manifest.read_text())[0])
+    assert piped == rows
+    names = rows_of(aesanet("score", tiny_bundle, "-", stdin=f"{audio / 'a.wav'}\n\n{audio / 'b.flac'}\n")[0])
+    assert [row["path"] for row in names] == [str(audio / "a.wav"), str(audio / "b.flac")]
+
+
+def test_out_is_a_file_that_is_not_replaced_by_chance(tiny_bundle, audio, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    assert aesanet("score", tiny_bundle, audio / "a.wav", "--out", out)[0] == ""
+    first = out.read_text()
+    assert len(rows_of(first)) == 1
+    _, err = aesanet("score", tiny_bundle, audio / "b.flac", "--out", out, status=2)
+    assert "exists; give --overwrite" in err
+    assert out.read_text() == first
+    aesanet("score", tiny_bundle, audio / "b.flac", "--out", out, "--overwrite")
+    assert rows_of(out.read_text())[0]["path"].endswith("b.flac")
+    assert "No such file" in aesanet("score", tiny_bundle, audio, "--out", tmp_path / "no" / "x", status=2)[1]
+
+
+def test_the_table_is_for_people(tiny_bundle, audio):
+    out, _ = aesanet("score", tiny_bundle, audio, "--format", "table", status=1)
+    header, first, _, failed = out.splitlines()
+    assert header.split() == ["clip", *AXES, "seconds"]
+    assert first.split()[0].endswith("audio/a.wav")
+    assert len(first.split()) == 6
+    assert "undecodable: not a format" in failed
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_engine_can_be_chosen(tiny_bundle, audio, backend):
+    chosen = ("--backend", backend, "--precision", "fp32", "--threads", 1, "--device", "cpu")
+    out, err = aesanet("score", tiny_bundle, audio / "a.wav", *chosen)
+    assert f"aesanet: {backend} " in err
+    assert len(rows_of(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["score", "no.bundle", "a.wav"], "no bundle here"),
+        (["score", "BUNDLE", "none.csv"], "none.csv: No such file"),
+        (["score", "BUNDLE", "EMPTY"], "no audio in"),
+        (["export", "none.pt", "--out", "x"], "none.pt: no such file"),
+        (["score", "BUNDLE", "a.wav", "--backend", "abacus"], "'abacus' is not one of"),
+        (["sing"], "No such command 'sing'"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_status_2(tiny_bundle, tmp_path, arguments, told):
+    places = {"BUNDLE": tiny_bundle, "EMPTY": tmp_path}
+    out, err = aesanet(*(places.get(a, a) for a in arguments), status=2)
+    assert out == ""
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_export_prints_its_parity(tiny_checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(tiny_checkpoint), "--out", str(tmp_path / "b")])
+    assert done.value.code == 0
+    captured = capsys.readouterr()
+    assert "parity with PyTorch over 4 batches: features" in captured.out
+    assert "exporting encoder" in captured.err
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(tiny_bundle, audio):
+    script = f"{' '.join(map(repr, COMMAND))} score {tiny_bundle} {' '.join([str(audio / 'a.wav')] * 200)} | head -n 1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+    assert len(rows_of(done.stdout)) == 1
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_an_interrupt_keeps_the_rows_and_says_so(tiny_bundle, audio, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    command = [*COMMAND, "score", tiny_bundle, *[audio / "a.wav"] * 5_000, "--out", out]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out.exists() and out.stat().st_size):
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert f"interrupted after {len(rows_of(out.read_text()))} rows" in err
+
+
+def test_doctor_tells_versions_engines_and_codecs():
+    out = CliRunner().invoke(cli, ["doctor"]).output
+    for told in (
+        __version__,
+        "onnxruntime",
+        "openvino",
+        "cpu fp32",
+        "torch 2.",
+        "decodes wav, flac, vorbis, opus, mp3",
+    ):
+        assert told in out
+
+
+def test_help_lists_every_command():
+    out = CliRunner().invoke(cli, ["--help"]).output
+    for command in ("export", "score", "doctor"):
+        assert command in out
+        assert CliRunner().invoke(cli, [command, "--help"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["--version"]).output.strip() == f"aesanet, version {__version__}"
+
+
+def test_the_readme_lists_every_error_code():
+    readme = (ROOT / "README.md").read_text()
+    for code, meaning in CLIP_ERROR_CODES.items():
+        assert f"| `{code}` | {meaning} |" in readme
+
+
+def test_recordings_are_few_and_small():
+    assert 5 <= len(RECORDINGS) <= 8
+    assert sum(path.stat().st_size for path in RECORDINGS) < 3e6
+    sources = (RECORDINGS[0].parent / "SOURCES.md").read_text()
+    assert all(path.name in sources for path in RECORDINGS)

@@ -1,0 +1,220 @@
+"""Files of every kind, made by real codecs, through the reader that scoring uses."""
+
+import os
+import stat
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aesanet.errors import ClipError
+from aesanet.runtime.decode import BLOCK_SAMPLES, ClipReader, resample
+from aesanet.runtime.rows import Clip
+
+DECODABLE = [
+    ("WAV", "PCM_U8", 8_000, 1),
+    ("WAV", "PCM_16", 16_000, 1),
+    ("WAV", "PCM_24", 44_100, 2),
+    ("WAV", "PCM_32", 48_000, 2),
+    ("WAV", "FLOAT", 22_050, 1),
+    ("WAV", "DOUBLE", 96_000, 1),
+    ("WAV", "ULAW", 8_000, 1),
+    ("WAV", "ALAW", 8_000, 1),
+    ("WAV", "IMA_ADPCM", 22_050, 1),
+    ("WAVEX", "PCM_16", 48_000, 6),
+    ("WAVEX", "PCM_16", 48_000, 8),
+    ("FLAC", "PCM_16", 192_000, 2),
+    ("OGG", "VORBIS", 44_100, 2),
+    ("OGG", "OPUS", 48_000, 2),
+    ("MP3", "MPEG_LAYER_III", 44_100, 2),
+    ("AIFF", "PCM_16", 44_100, 1),
+    ("CAF", "PCM_24", 44_100, 2),
+    ("W64", "PCM_16", 44_100, 1),
+    ("RF64", "PCM_16", 44_100, 1),
+    ("AU", "PCM_16", 11_025, 1),
+]
+
+
+def read(path, start=None, end=None):
+    """All samples of a clip at 16 kHz, and the reader."""
+    reader = ClipReader(Clip(str(path), start, end))
+    blocks = list(reader)
+    return np.concatenate(blocks), reader
+
+
+def code(path, start=None, end=None):
+    with pytest.raises(ClipError) as caught:
+        read(path, start, end)
+    assert caught.value.message
+    return caught.value.code
+
+
+def tone(rate, seconds=1.0, channels=1, hz=440.0):
+    wave = 0.5 * np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)
+    return np.repeat(wave[:, None], channels, axis=1)
+
+
+@pytest.mark.parametrize(("container", "subtype", "rate", "channels"), DECODABLE)
+def test_every_common_format_gives_the_tone_that_was_written(tmp_path, container, subtype, rate, channels):
+    path = tmp_path / "a-name-without-a-suffix"
+    soundfile.write(path, tone(rate, 1.5, channels), rate, format=container, subtype=subtype)
+    samples, reader = read(path)
+    assert samples.dtype == np.float32
+    assert samples.ndim == 1
+    assert not reader.truncated
+    assert reader.seconds == pytest.approx(1.5, abs=0.1)  # mp3 pads to whole frames
+    assert len(samples) == pytest.approx(16_000 * reader.seconds, abs=2)
+    spectrum = np.abs(np.fft.rfft(samples[4_000:20_000]))
+    assert np.argmax(spectrum) == 440
+    assert np.abs(samples[4_000:20_000]).max() == pytest.approx(0.5, abs=0.03)
+
+
+def test_channels_are_averaged(tmp_path):
+    left_only = tone(16_000, channels=2) * [1, 0]
+    soundfile.write(tmp_path / "a.wav", left_only, 16_000, subtype="FLOAT")
+    samples, _ = read(tmp_path / "a.wav")
+    np.testing.assert_allclose(samples, left_only[:, 0] / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 192_000])
+def test_resampling_as_a_stream_is_soxr_on_the_whole(tmp_path, rate):
+    wave = np.random.default_rng(0).normal(size=4 * BLOCK_SAMPLES // 3).astype(np.float32) * 0.1
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    samples, _ = read(tmp_path / "a.wav")
+    np.testing.assert_allclose(samples, soxr.resample(wave, rate, 16_000, quality="HQ"), atol=2e-6)
+
+
+@given(rate=st.sampled_from([8_000, 22_050, 48_000]), cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=6))
+@settings(max_examples=25, deadline=None)
+def test_blocks_of_any_size_give_the_same_samples(rate, cuts):
+    wave = np.random.default_rng(1).normal(size=sum(cuts)).astype(np.float32)
+    pieces = np.split(wave, np.cumsum(cuts)[:-1])
+    whole = np.concatenate([*resample(iter([wave]), rate), np.zeros(0, np.float32)])
+    streamed = np.concatenate([*resample(iter(pieces), rate), np.zeros(0, np.float32)])
+    np.testing.assert_allclose(streamed, whole, atol=2e-6)
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.75), (1.25, 2.0), (2.5, None), (None, 0.3), (0.1, 99.0)])
+def test_a_segment_is_the_same_part_of_the_whole(tmp_path, container, start, end):
+    rate, path = 16_000, tmp_path / "a"
+    sweep = 0.5 * np.sin(2 * np.pi * 500 * np.linspace(0, 3, 3 * rate) ** 2)
+    soundfile.write(path, sweep, rate, format=container)
+    whole, _ = read(path)
+    part, reader = read(path, start, end)
+    expected = whole[round((start or 0) * rate) : None if end is None else round(end * rate)]
+    assert len(part) == len(expected)
+    assert reader.seconds == pytest.approx(len(expected) / rate)
+    assert not reader.truncated
+    np.testing.assert_allclose(part, expected, atol=1e-6)
+
+
+def test_a_segment_behind_the_end_is_no_audio(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000)
+    assert code(tmp_path / "a.wav", 5.0, 6.0) == "no_audio"
+
+
+def test_what_comes_before_the_damage_is_read_and_marked(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 20 * 16_000)
+    for container in ("FLAC", "OGG", "MP3", "WAV"):
+        path = tmp_path / container
+        soundfile.write(path, noise, 16_000, format=container)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 3])
+        samples, reader = read(path)
+        assert 5 < reader.seconds < 8, container
+        assert len(samples) == pytest.approx(16_000 * reader.seconds, abs=2)
+        if container != "WAV":  # libsndfile itself mends a short wav's header
+            assert reader.truncated or container == "OGG", container
+
+
+def test_a_flac_damaged_inside_gives_the_frames_before(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 20 * 16_000), 16_000)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20_000] = bytes(20_000)
+    path.write_bytes(content)
+    _, reader = read(path)
+    assert 8 < reader.seconds < 20
+    assert reader.truncated
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not audio, but text\n" * 100, bytes(range(256)) * 50, b"\x00" * 5_000, b"junk" * 10 + b"RIFF"],
+    ids=["empty", "text", "bytes", "zeros", "junk before RIFF"],
+)
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.flac"])
+def test_what_is_no_audio_is_an_error_of_our_own(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    assert code(tmp_path / name) in ("undecodable", "no_audio")
+
+
+def test_no_samples(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros((0, 1)), 16_000)
+    assert code(tmp_path / "a.wav") == "no_audio"
+    soundfile.write(tmp_path / "b.wav", np.zeros(1_000), 16_000)
+    (tmp_path / "b.wav").write_bytes((tmp_path / "b.wav").read_bytes()[:44])
+    assert code(tmp_path / "b.wav") == "no_audio"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_samples_that_no_waveform_has(tmp_path, bad):
+    wave = tone(16_000)
+    wave[12_345] = bad
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    assert code(tmp_path / "a.wav") == "non_finite"
+
+
+@pytest.mark.parametrize("rate", [1, 15])
+def test_a_rate_that_is_no_audio(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), rate)
+    assert code(tmp_path / "a.wav") == "bad_sample_rate"
+
+
+def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(16_000), 16_000)
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = struct.pack("<I", 2**32 - 9)
+    path.write_bytes(content)
+    samples, _ = read(path)
+    assert len(samples) == 16_000
+
+
+def test_pipes_devices_folders_and_links(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe.wav").st_mode)
+    assert code(tmp_path / "pipe.wav") == "not_a_file"
+    assert code("/dev/zero") == "not_a_file"
+    assert code(tmp_path) == "not_a_file"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert code(tmp_path / "loop") == "not_a_file"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert code(tmp_path / "dangling") == "not_a_file"
+    assert code(tmp_path / "nothing") == "not_found"
+    assert code(tmp_path / "nothing" / "below.wav") == "not_found"
+
+
+def test_a_link_and_a_name_that_is_not_utf8(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000)
+    (tmp_path / "link").symlink_to(tmp_path / "a.wav")
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.wav"
+    os.link(tmp_path / "a.wav", odd)
+    for path in (tmp_path / "link", os.fsdecode(odd)):
+        assert len(read(path)[0]) == 16_000
+
+
+def test_descriptors_are_given_back(tmp_path):
+    soundfile.write(tmp_path / "good.wav", tone(16_000), 16_000)
+    (tmp_path / "bad.wav").write_bytes(b"no audio at all")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        read(tmp_path / "good.wav")
+        code(tmp_path / "bad.wav")
+        next(iter(ClipReader(Clip(str(tmp_path / "good.wav")))))  # abandoned
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

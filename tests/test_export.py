@@ -1,0 +1,188 @@
+import copy
+import json
+import resource
+import shutil
+import time
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import DEMO_CHECKPOINT, RECORDINGS
+from helpers import public_beats_file
+
+from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
+from aesanet.errors import CheckpointError, ExportError
+from aesanet.export import parity
+from aesanet.export.build import export_bundle
+from aesanet.export.graph import export_graph
+from aesanet.export.writer import new_bundle
+from aesanet.hashing import file_sha256
+from aesanet.lengths import num_tokens
+from aesanet.models.aesanet import AESANet
+from aesanet.models.beats import BEATs
+from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
+from aesanet.models.config import AESANetConfig
+from aesanet.runtime.scorer import Scorer
+from aesanet.training.demo import untrained_model
+
+
+def onnx_scores(bundle, waveform, num_samples):
+    """The three files through ONNX Runtime, by their names in the manifest alone."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    values = {"waveform": waveform, "num_tokens": num_tokens(num_samples)}
+    for name in ("frontend", "encoder", "head"):
+        graph = manifest["graphs"][name]
+        session = onnxruntime.InferenceSession(bundle / graph["file"], providers=["CPUExecutionProvider"])
+        (out,) = session.run(None, {spec["name"]: values[spec["name"]] for spec in graph["inputs"]})
+        values[graph["outputs"][0]["name"]] = out
+    return values["scores"]
+
+
+@pytest.mark.parametrize("lengths", [[2_800], [2_801, 160_000], [7_777, 3_000, 12_345, 50_000, 50_000], [400_000]])
+def test_graphs_give_the_models_scores_at_other_shapes_than_were_exported(tiny_bundle, tiny_model, lengths):
+    rng = np.random.default_rng(len(lengths))
+    waveform = rng.normal(0, 0.1, (len(lengths), max(lengths))).astype(np.float32)
+    num_samples = np.array(lengths)
+    with torch.no_grad():
+        expected = tiny_model(torch.from_numpy(waveform), torch.from_numpy(num_samples)).numpy()
+    np.testing.assert_allclose(onnx_scores(tiny_bundle, waveform, num_samples), expected, atol=2e-5)
+
+
+def test_the_manifest_tells_all(tiny_bundle, tiny_checkpoint, tiny_model):
+    manifest = read_manifest(tiny_bundle)
+    assert manifest.axes == ("CE", "CU", "PC", "PQ")
+    assert manifest.weights == "untrained"
+    assert manifest.source.sha256 == file_sha256(tiny_checkpoint)
+    assert manifest.source.config["beats"]["encoder_embed_dim"] == 32
+    assert manifest.score_range == (0.5, 9.5)
+    assert manifest.calibration["PC"] == {"scale": 1.25, "offset": -0.5}
+    assert manifest.tools["torch"] == torch.__version__
+    assert 0 < manifest.parity.scores_max_abs <= 1e-4
+    assert len(manifest.parity.cases) >= 4
+    for name in GRAPH_NAMES:
+        proto = onnx.load(tiny_bundle / f"{name}.onnx")
+        onnx.checker.check_model(proto, full_check=True)
+        assert manifest.graphs[name].sha256 == file_sha256(tiny_bundle / f"{name}.onnx")
+        assert proto.opset_import[0].version >= 20
+        assert not any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
+        for specs, values in zip(signature(name, 32), (proto.graph.input, proto.graph.output), strict=True):
+            for spec, value in zip(specs, values, strict=True):
+                found = tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+                assert (spec.name, spec.shape) == (value.name, found)
+
+
+def test_the_graphs_hold_weights_and_not_arithmetic_on_weights(tiny_bundle):
+    """Engines want an LSTM's weights as constants, and its lengths as no input (see MaskedLSTM)."""
+    head = onnx.load(tiny_bundle / "head.onnx").graph
+    constants = {t.name for t in head.initializer}
+    lstms = [node for node in head.node if node.op_type == "LSTM"]
+    assert len(lstms) == 4  # two layers, two directions
+    for node in lstms:
+        assert len(node.input) == 4
+        assert set(node.input[1:]) <= constants
+
+
+def test_an_axis_that_came_out_fixed_is_refused(tiny_model, tmp_path):
+    """The exporter has been seen to turn a dynamic axis into a constant without an error."""
+
+    class Fixed(torch.nn.Module):
+        def forward(self, features, num_tokens):
+            return torch.zeros(2, 4)
+
+    model = copy.deepcopy(tiny_model)
+    model.head = Fixed()
+    with pytest.raises(ExportError, match=r"scores was exported with shape \[2, 4\]"):
+        export_graph(model, "head", tmp_path / "head.onnx")
+
+
+def test_a_failed_check_leaves_no_bundle(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "SCORES_LIMIT", 1e-12)
+    with pytest.raises(ExportError, match="do not give the model's scores"):
+        export_bundle(tiny_checkpoint, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_bundle_stays_whole_until_the_new_one_is(tiny_bundle, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(tiny_bundle, old)
+
+    def interrupted():
+        with new_bundle(old) as folder:
+            (folder / "bundle.json").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert (old / "bundle.json").read_bytes() == (tiny_bundle / "bundle.json").read_bytes()
+    with new_bundle(old) as folder:
+        (folder / "bundle.json").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+    assert [p.name for p in old.iterdir()] == ["bundle.json"]
+    assert (old / "bundle.json").read_text() == "whole"
+
+
+def test_the_check_sees_a_wrong_weight(tiny_bundle, tiny_model, tmp_path):
+    shutil.copytree(tiny_bundle, tmp_path / "b")
+    proto = onnx.load(tmp_path / "b" / "head.onnx")
+    weight = next(t for t in proto.graph.initializer if t.name.endswith("adapter.bias"))
+    weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) + 0.01).astype(np.float32).tobytes()
+    onnx.save(proto, tmp_path / "b" / "head.onnx")
+    with pytest.raises(ExportError, match="scores by"):
+        parity.measure_parity(tiny_model, tmp_path / "b")
+
+
+def test_nothing_but_a_bundle_is_replaced(tiny_checkpoint, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("more")
+    for name in ("folder", "file"):
+        with pytest.raises(ExportError, match="is not a bundle"):
+            export_bundle(tiny_checkpoint, tmp_path / name)
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_bad_checkpoint_leaves_nothing(tmp_path):
+    (tmp_path / "x.pt").write_text("no")
+    with pytest.raises(CheckpointError):
+        export_bundle(tmp_path / "x.pt", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_the_demo_checkpoint_is_what_its_recipe_makes():
+    shipped = load_checkpoint(DEMO_CHECKPOINT)
+    made = untrained_model()
+    assert shipped.config == made.config
+    for (name, a), b in zip(shipped.state_dict().items(), made.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.slow
+def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path):
+    """The real thing in size: a head trained on a (random) BEATs file in the public layout, 361 MB."""
+    torch.manual_seed(0)
+    beats, head = tmp_path / "beats.pt", tmp_path / "head.safetensors"
+    config = AESANetConfig(weights="untrained")
+    public_beats_file(beats, config.beats, seed=0)
+    assert 350e6 < beats.stat().st_size < 380e6
+    model = AESANet(config)
+    model.encoder.beats.load_state_dict(BEATs.from_checkpoint(beats).state_dict())
+    save_checkpoint(model, head, beats_sha256=file_sha256(beats))
+    assert head.stat().st_size < 10e6
+    del model
+
+    started = time.monotonic()
+    manifest = export_bundle(head, tmp_path / "base.bundle", beats)
+    took = time.monotonic() - started
+    memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"\nbase size: exported in {took:.0f} s, {memory_gb:.1f} GB at most; {manifest.parity}")
+    assert memory_gb < 6
+    assert manifest.source.beats_sha256 == file_sha256(beats)
+
+    scorers = [Scorer.open(tmp_path / "base.bundle", backend=b, precision="fp32") for b in ("onnxruntime", "openvino")]
+    results = [scorer.score(list(RECORDINGS)) for scorer in scorers]
+    for recording, ours, theirs in zip(RECORDINGS, *results, strict=True):
+        for axis in manifest.axes:
+            assert getattr(ours, axis) == pytest.approx(getattr(theirs, axis), abs=1e-3), recording

@@ -1,0 +1,167 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import DEMO_CHECKPOINT, RECORDINGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aesanet
+from aesanet.errors import BackendError, ClipError
+from aesanet.models.checkpoint import load_checkpoint
+from aesanet.runtime.backends import supported_backends
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.rows import Clip, Row
+from aesanet.runtime.scorer import ClipScores, Scorer
+from aesanet.runtime.windows import pad_batch
+
+ENGINES = [(n, d, p) for n, support in supported_backends().items() for d, p in support.runs]
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.02}  # on the 0-10 scale
+
+
+@pytest.fixture(scope="module", params=[e for e in ENGINES if e[2] == "fp32"], ids="-".join)
+def exact_scorer(request, tiny_bundle):
+    name, device, precision = request.param
+    return Scorer.open(tiny_bundle, device, backend=name, precision=precision)
+
+
+def pytorch_scores(model, waveform, num_samples):
+    with torch.no_grad():
+        return model(torch.from_numpy(waveform), torch.from_numpy(num_samples)).numpy()
+
+
+def test_all_engines_of_this_project_run_in_its_tests():
+    assert {name for name, _, _ in ENGINES} == {"onnxruntime", "openvino"}
+
+
+@given(lengths=st.lists(st.integers(2_800, 40_000), min_size=1, max_size=4), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_every_fp32_engine_gives_pytorchs_scores_of_each_clip_alone(exact_scorer, tiny_model, lengths, seed):
+    """One property for two promises: the scores are the checkpoint's, and they do not change with the batch."""
+    rng = np.random.default_rng(seed)
+    clips = [rng.normal(0, rng.uniform(0.02, 0.3), n).astype(np.float32) for n in lengths]
+    together = exact_scorer.backend.scores(*pad_batch(clips))
+    assert together.dtype == np.float32
+    assert together.shape == (len(lengths), 4)
+    for scores, clip in zip(together, clips, strict=True):
+        np.testing.assert_allclose(scores, pytorch_scores(tiny_model, *pad_batch([clip]))[0], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def demo_model():
+    return load_checkpoint(DEMO_CHECKPOINT)
+
+
+@pytest.mark.parametrize(("backend", "device", "precision"), ENGINES)
+def test_recordings_score_as_in_pytorch_window_by_window(demo_bundle, demo_model, backend, device, precision):
+    scorer = Scorer.open(demo_bundle, device, backend=backend, precision=precision)
+    spread = []
+    for path, scores in zip(RECORDINGS, scorer.score(list(RECORDINGS)), strict=True):
+        samples = np.concatenate(list(ClipReader(Clip(str(path)))))
+        windows = [samples[i : i + 160_000] for i in range(0, len(samples), 160_000)]
+        each = [pytorch_scores(demo_model, *pad_batch([window]))[0] for window in windows]
+        expected = np.average(each, axis=0, weights=[len(window) for window in windows])
+        found = np.array([scores.CE, scores.CU, scores.PC, scores.PQ])
+        # Where a recording is band-limited, FP32 itself rounds the empty mel bins: 2e-4 between any two engines.
+        tolerance = max(TOLERANCE[precision], 1e-3 if "telephone" in path.name else 0)
+        np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=str(path))
+        assert scores.seconds == pytest.approx(soundfile.info(path).duration, abs=1e-3)
+        spread.append(found)
+    assert (np.std(spread, axis=0) > 0.1).all()  # a comparison of constants would prove nothing
+
+
+def test_arrays_paths_and_lists(demo_bundle):
+    scorer = Scorer.open(demo_bundle, backend="onnxruntime")
+    path = next(p for p in RECORDINGS if p.name == "music-piano.flac")
+    samples, rate = soundfile.read(path, dtype="float32")
+    assert samples.shape[1] == 2
+    one = scorer.score(path)
+    assert scorer.score(str(path)) == one
+    assert dataclasses.astuple(scorer.score((samples, rate))) == pytest.approx(dataclasses.astuple(one), abs=1e-5)
+    mixed = scorer.score([path, "nothing.wav", (samples.mean(axis=1).astype(np.float64), rate), (samples[:50], rate)])
+    assert isinstance(mixed[0], ClipScores)
+    assert [getattr(m, "code", None) for m in mixed] == [None, "not_found", None, "too_short"]
+    assert pytest.approx(one.PQ, abs=1e-5) == mixed[2].PQ
+    with pytest.raises(ClipError):
+        scorer.score("nothing.wav")
+    assert aesanet.Scorer is Scorer
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(16_000, np.int16), np.zeros((2, 16_000), np.float32), np.zeros((2, 3, 4), np.float32)],
+    ids=["integers", "channels first", "three axes"],
+)
+def test_arrays_that_would_be_misread_are_refused(tiny_bundle, samples):
+    with pytest.raises(ValueError, match="samples are"):
+        Scorer.open(tiny_bundle).score((samples, 16_000))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_arrays_of_no_waveform(tiny_bundle, bad):
+    scorer = Scorer.open(tiny_bundle)
+    for samples in (np.full(16_000, bad, np.float32), np.zeros(0)):
+        with pytest.raises(ClipError):
+            scorer.score((samples, 16_000))
+
+
+def test_long_audio_is_the_length_weighted_mean_of_its_windows(tiny_bundle):
+    scorer = Scorer.open(tiny_bundle, backend="onnxruntime")
+    samples = np.random.default_rng(0).normal(0, 0.1, 57 * 16_000 + 2_000).astype(np.float32)  # the tail is too short
+    parts = [samples[i : i + 160_000] for i in range(0, 57 * 16_000, 160_000)]
+    parts[-1] = parts[-1][: 7 * 16_000 + 2_000]
+    each = [dataclasses.astuple(scorer.score((part, 16_000)))[:4] for part in parts]
+    expected = np.average(each, axis=0, weights=[len(part) for part in parts])
+    whole = scorer.score((samples, 16_000))
+    np.testing.assert_allclose(dataclasses.astuple(whole)[:4], expected, atol=1e-5)
+
+    # A last window below one patch is left out; the seconds stay those of the clip.
+    short_tail = scorer.score((samples[: 160_000 + 2_799], 16_000))
+    assert dataclasses.astuple(short_tail)[:4] == pytest.approx(each[0], abs=1e-5)
+    assert short_tail.seconds == pytest.approx(10.174937)
+
+
+def test_silence_and_constant_offsets_are_scored_alike(demo_bundle):
+    """The mean of every frame is taken out, so digital silence with an offset is digital silence, on every engine."""
+    for name, device, precision in ENGINES:
+        scorer = Scorer.open(demo_bundle, device, backend=name, precision=precision)
+        silence, *offsets = (
+            scorer.score((np.full(32_000, value, np.float32), 16_000)) for value in (0, 0.5, 0.1234567)
+        )
+        for offset in offsets:
+            assert dataclasses.astuple(offset) == pytest.approx(dataclasses.astuple(silence), abs=1e-4)
+
+
+def test_every_row_gives_one_row_in_order(demo_bundle, tmp_path):
+    soundfile.write(tmp_path / "short.wav", np.zeros(2_799), 16_000)
+    rows = [
+        {"path": str(RECORDINGS[0]), "id": 1},
+        {"path": str(tmp_path / "nothing.wav"), "id": 2},
+        {"id": 3},
+        Row({"path": str(RECORDINGS[1]), "start_time": 0.5, "end_time": 1.5, "id": 4}),
+        {"path": str(tmp_path / "short.wav"), "id": 5},
+    ]
+    out = list(Scorer.open(demo_bundle).stream(rows))
+    assert [row["id"] for row in out] == [1, 2, 3, 4, 5]
+    assert [row.get("error", {}).get("code") for row in out] == [None, "not_found", "bad_row", None, "too_short"]
+    assert list(out[0]) == ["path", "id", "CE", "CU", "PC", "PQ", "seconds"]
+    assert out[3]["seconds"] == 1.0
+
+
+def test_auto_takes_the_fastest_and_says_why(tiny_bundle):
+    scorer = Scorer.open(tiny_bundle)
+    bf16 = ("cpu", "bf16") in supported_backends()["openvino"].runs
+    assert scorer.backend.name.startswith("openvino") or "cuda" in scorer.backend.name
+    assert scorer.backend.name.endswith("bf16" if bf16 else "fp32")
+    assert scorer.reason
+    assert Scorer.open(tiny_bundle, backend="onnxruntime", precision="fp32").reason == "as asked"
+
+
+def test_what_no_engine_can_do_says_what_they_can(tiny_bundle):
+    with pytest.raises(BackendError, match=r"backend=onnxruntime, device=auto, precision=bf16.*openvino: CPU"):
+        Scorer.open(tiny_bundle, backend="onnxruntime", precision="bf16")
+    if not any(device == "cuda" for _, device, _ in ENGINES):
+        with pytest.raises(BackendError, match="device=cuda"):
+            Scorer.open(tiny_bundle, "cuda")
