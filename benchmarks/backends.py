@@ -10,8 +10,10 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,27 +25,41 @@ from aesanet.lengths import SAMPLE_RATE
 from aesanet.models.aesanet import AESANet
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
-from aesanet.runtime.backends import supported_backends
+from aesanet.runtime.backends import BackendName, supported_backends
+from aesanet.runtime.backends.base import Device, Precision
 from aesanet.runtime.scorer import Scorer
 
 COLUMNS = (
-    "date processor cores python torch engine weights batch clip_seconds rounds"
+    "date processor cores python torch engine weights batch clip_seconds repeats"
     " milliseconds_median milliseconds_min x_real_time x_pytorch scores_max_abs_difference"
 ).split()
 CLIP_SECONDS = 10.0
+EAGER = "pytorch eager cpu fp32"
 
 
-def measure(checkpoint: Path, batches: list[int], rounds: int, threads: int) -> list[dict[str, object]]:
-    """One row an engine and batch size: waveforms ready in memory to scores, rounds interleaved over the engines."""
+def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, threads: int) -> list[dict[str, object]]:
+    """One row an engine and batch size, timed from waveforms in memory to scores.
+
+    The engines take turns, `passes` times, each alone in the process: the waiting threads of one slow down another.
+    """
     torch.set_num_threads(threads)
     model = load_checkpoint(checkpoint)
-    rows: list[dict[str, object]] = []
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    scores: dict[tuple[str, int], np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, "bundle")
         export_bundle(checkpoint, bundle)
-        engines = _engines(model, bundle, threads)
-        for batch in batches:
-            rows += _one_batch_size(engines, batch, rounds)
+        for _ in range(passes):
+            for open_engine in _openers(model, bundle, threads):
+                name, engine = open_engine()
+                for batch in batches:
+                    waveform, num_samples = _clips(batch)
+                    scores[name, batch] = engine(waveform, num_samples)  # warms up too
+                    for _ in range(rounds):
+                        started = time.perf_counter()
+                        engine(waveform, num_samples)
+                        seconds[name, batch].append(time.perf_counter() - started)
+                del engine
     where = {
         "date": date.today().isoformat(),
         "processor": _processor(),
@@ -52,51 +68,47 @@ def measure(checkpoint: Path, batches: list[int], rounds: int, threads: int) -> 
         "torch": version("torch"),
         "weights": model.config.weights,
     }
-    return [where | row for row in rows]
+    return [where | _row(name, batch, times, seconds[EAGER, batch], scores) for (name, batch), times in seconds.items()]
 
 
 Engine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _engines(model: AESANet, bundle: Path, threads: int) -> dict[str, Engine]:
+def _openers(model: AESANet, bundle: Path, threads: int) -> Iterator[Callable[[], tuple[str, Engine]]]:
     def eager(waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return np.asarray(model(torch.from_numpy(waveform), torch.from_numpy(num_samples)).numpy())
 
-    engines: dict[str, Engine] = {"pytorch eager cpu fp32": eager}
+    def opened(name: BackendName, device: Device, precision: Precision) -> tuple[str, Engine]:
+        backend = Scorer.open(bundle, device, backend=name, precision=precision, threads=threads).backend
+        return backend.name, backend.scores
+
+    yield lambda: (EAGER, eager)
     for name, support in supported_backends().items():
-        for device, precision in support.runs:
-            scorer = Scorer.open(bundle, device, backend=name, precision=precision, threads=threads)
-            engines[scorer.backend.name] = scorer.backend.scores
-    return engines
+        yield from (partial(opened, name, device, precision) for device, precision in support.runs)
 
 
-def _one_batch_size(engines: dict[str, Engine], batch: int, rounds: int) -> list[dict[str, object]]:
-    rng = np.random.default_rng(batch)
-    waveform = rng.normal(0, 0.1, (batch, round(CLIP_SECONDS * SAMPLE_RATE))).astype(np.float32)
-    num_samples = np.full(batch, waveform.shape[1])
-    scores = {name: engine(waveform, num_samples) for name, engine in engines.items()}  # warms up too
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds):
-        for name, engine in engines.items():
-            started = time.perf_counter()
-            engine(waveform, num_samples)
-            seconds[name].append(time.perf_counter() - started)
-    eager = next(iter(engines))
-    return [
-        {
-            "engine": name,
-            "batch": batch,
-            "clip_seconds": CLIP_SECONDS,
-            "rounds": rounds,
-            "milliseconds_median": round(1000 * statistics.median(times), 2),
-            "milliseconds_min": round(1000 * min(times), 2),
-            "x_real_time": round(batch * CLIP_SECONDS / statistics.median(times), 2),
-            "x_pytorch": round(statistics.median(seconds[eager]) / statistics.median(times), 3),
-            "scores_max_abs_difference": f"{np.abs(scores[name] - scores[eager]).max():.2e}",
-        }
-        for name, times in seconds.items()
-    ]
+def _clips(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    samples = round(CLIP_SECONDS * SAMPLE_RATE)
+    waveform = np.random.default_rng(batch).normal(0, 0.1, (batch, samples)).astype(np.float32)
+    return waveform, np.full(batch, samples)
+
+
+def _row(
+    name: str, batch: int, times: list[float], eager_times: list[float], scores: dict[tuple[str, int], np.ndarray]
+) -> dict[str, object]:
+    median = statistics.median(times)
+    return {
+        "engine": name,
+        "batch": batch,
+        "clip_seconds": CLIP_SECONDS,
+        "repeats": len(times),
+        "milliseconds_median": round(1000 * median, 2),
+        "milliseconds_min": round(1000 * min(times), 2),
+        "x_real_time": round(batch * CLIP_SECONDS / median, 2),
+        "x_pytorch": round(statistics.median(eager_times) / median, 3),
+        "scores_max_abs_difference": f"{np.abs(scores[name, batch] - scores[EAGER, batch]).max():.2e}",
+    }
 
 
 def _processor() -> str:
@@ -111,7 +123,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +133,7 @@ def main() -> None:
             torch.manual_seed(0)
             checkpoint = Path(folder, "untrained-base.safetensors")
             save_checkpoint(AESANet(AESANetConfig(weights="untrained")), checkpoint)
-        rows = measure(checkpoint, arguments.batches, arguments.rounds, arguments.threads)
+        rows = measure(checkpoint, arguments.batches, arguments.passes, arguments.rounds, arguments.threads)
     with open(arguments.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import DEMO_CHECKPOINT, RECORDINGS
-from helpers import public_beats_file
+from helpers import public_beats_file, random_model
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
 from aesanet.errors import CheckpointError, ExportError
@@ -20,7 +20,6 @@ from aesanet.export.graph import export_graph
 from aesanet.export.writer import new_bundle
 from aesanet.hashing import file_sha256
 from aesanet.lengths import num_tokens
-from aesanet.models.aesanet import AESANet
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
@@ -162,12 +161,11 @@ def test_the_demo_checkpoint_is_what_its_recipe_makes():
 @pytest.mark.slow
 def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path):
     """The real thing in size: a head trained on a (random) BEATs file in the public layout, 361 MB."""
-    torch.manual_seed(0)
     beats, head = tmp_path / "beats.pt", tmp_path / "head.safetensors"
     config = AESANetConfig(weights="untrained")
     public_beats_file(beats, config.beats, seed=0)
     assert 350e6 < beats.stat().st_size < 380e6
-    model = AESANet(config)
+    model = random_model(config, seed=0)
     model.encoder.beats.load_state_dict(BEATs.from_checkpoint(beats).state_dict())
     save_checkpoint(model, head, beats_sha256=file_sha256(beats))
     assert head.stat().st_size < 10e6

@@ -19,11 +19,11 @@ SYNTHETIC = sorted(synthetic_audio(np.random.default_rng(0), 0.1))
 SILENCE = -15.942385
 
 # A float32 DFT, ours or Kaldi's FFT, errs in every bin by some 1e-7 of the strongest amplitude among the frame's bins
-# before pre-emphasis (which comes first in exact arithmetic only: rounding errors pass by it, and it takes up to 30 dB
-# off the strongest bins). So ln-energies can agree to a fixed 2e-3 only above some level below that bin; beneath it
-# the amplitude's error is the bound. Largest found over 30 minutes of signals: 7e-4 and 9e-8 against float64, 1.1e-3
-# and 1.5e-7 against Kaldi, which errs as well.
-NEAR_DB = 80
+# before pre-emphasis, which takes up to 30 dB off that bin but nothing off the rounding errors. So ln-energies can
+# agree to a fixed 2e-3 only down to some level below that bin; beneath it, the amplitude's error is what is bounded.
+# Largest in 31 minutes of speech, music, effects and synthetic signals: against float64 6e-4 and 6e-8 of the strongest
+# amplitude, against Kaldi, which errs as well, 1.4e-3 and 1.7e-7.
+NEAR_DB = 75
 LN_ERROR = 2e-3
 
 
@@ -63,7 +63,7 @@ def assert_close(actual, expected, waveform, far_error):
 
 
 def assert_agrees_with_both(waveform):
-    assert_close(ours(waveform), reference.fbank(waveform), waveform, far_error=2e-7)
+    assert_close(ours(waveform), reference.fbank(waveform), waveform, far_error=1.5e-7)
     assert_close(ours(waveform, 80), kaldi(waveform, 80), waveform, far_error=3e-7)
 
 
@@ -94,7 +94,7 @@ def test_synthetic_audio(name, seed):
 )
 @pytest.mark.parametrize("kind", ["constant", "last_bit", "faint_noise", "noise"])
 def test_offset_is_removed(offset, kind):
-    """Kaldi itself errs here, by up to 11 in ln-energy, so float64 alone is the judge; measured 4e-5."""
+    """Kaldi itself errs here, by up to 11 in ln-energy, so float64 alone is the judge; measured 1.7e-4."""
     rng = np.random.default_rng(0)
     noise = {
         "constant": np.zeros(16000),
@@ -105,7 +105,7 @@ def test_offset_is_removed(offset, kind):
     waveform = (offset + noise).astype(np.float32) * np.float32(2**15)
     expected = reference.fbank(waveform)
     assert (expected.max() < SILENCE + 1e-5) == (kind == "constant")
-    assert np.abs(ours(waveform) - expected).max() < 2e-4
+    assert np.abs(ours(waveform) - expected).max() < 5e-4
 
 
 def test_silence_is_the_floor():

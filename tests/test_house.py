@@ -1,6 +1,7 @@
 """The floors of the house: who may import whom, read from the code's own import statements."""
 
 import ast
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,14 @@ def test_every_room_is_in_the_wheel_and_no_other_name():
 
 
 RECORDING = ROOT / "models" / "demo" / "samples" / "speech-synthetic.wav"
+
+
+def test_speeds_in_the_readme_are_those_of_the_csv():
+    readme = (ROOT / "README.md").read_text()
+    with open(ROOT / "benchmarks" / "results" / "backends.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    engines = dict.fromkeys(row["engine"] for row in rows)
+    assert len(engines) >= 4
+    for engine in engines:
+        cells = [row[c] for row in rows if row["engine"] == engine for c in ("milliseconds_median", "x_pytorch")]
+        assert "| " + " | ".join([engine, *cells]) + " |\n" in readme

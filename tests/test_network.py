@@ -88,7 +88,7 @@ def test_buckets_are_those_of_the_public_formula(max_distance):
 @pytest.mark.parametrize("audio", LENGTHS, indirect=True)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_formulas_in_float64(audio, seed):
-    """Nothing but rounding is left in float64: measured 3e-15 on hidden states and 1e-14 on scores."""
+    """Nothing but rounding is left in float64: measured 3e-15 on hidden states and 6e-15 on scores."""
     config = tiny_config()
     model = random_model(config, seed).double()
     for waveform in audio.values():
@@ -126,7 +126,7 @@ def test_config_choices_in_float64(variant):
 @pytest.mark.parametrize("audio", LENGTHS, indirect=True)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_float32(audio, seed):
-    """Measured 2e-6 on hidden states and 2e-6 on scores, which lie between 0 and 10."""
+    """Measured 2e-6 on hidden states and 6e-6 on scores, which lie between 0 and 10."""
     config = tiny_config()
     model = random_model(config, seed)
     weights = state_of(model)
@@ -136,15 +136,15 @@ def test_float32(audio, seed):
         expected_scores = reference.score_hidden(weights, config, expected)
         hidden, scores = hidden_and_scores(model, torch.from_numpy(features).float())
         assert worst(hidden, expected) < 1e-5
-        assert np.abs(scores - expected_scores).max() < 1e-5
+        assert np.abs(scores - expected_scores).max() < 2e-5
 
         with torch.no_grad():
             hidden, tokens = model.encoder.beats.hidden_states(*batch(waveform))
         assert tokens.tolist() == [len(expected[0])]
-        # In empty bins the fbank's ln-energies differ by up to 1.5 (see test_fbank); here by 1e-2 and 6e-3 in the end.
-        tolerance = 5e-2 if name in SPARSE else 1e-5
-        assert worst([state[0].numpy() for state in hidden], expected) < tolerance
-        assert np.abs(score(model, waveform)[0] - expected_scores).max() < tolerance
+        # In empty bins ln-energies differ by up to 1.5 (see test_fbank), hidden states then by 2e-2 and scores by 6e-3.
+        sparse = name in SPARSE
+        assert worst([state[0].numpy() for state in hidden], expected) < (5e-2 if sparse else 1e-5)
+        assert np.abs(score(model, waveform)[0] - expected_scores).max() < (2e-2 if sparse else 2e-5)
 
 
 def test_scores_tell_axes_and_clips_apart():
@@ -190,7 +190,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
     padding=st.integers(0, 4000),
 )
 def test_scores_are_the_same_alone_and_in_any_batch(lengths, seed, junk, padding):
-    """Measured 3e-6."""
+    """Measured 2e-6."""
     rng = np.random.default_rng(seed)
     clips = []
     for length in lengths:
