@@ -17,7 +17,7 @@ def export(checkpoint: Path, beats: Path | None, out: Path) -> None:
     CHECKPOINT is an aesanet .safetensors (whole, or the head alone with --beats) or a training .pt. The graphs are
     compared with PyTorch before the bundle takes its place; a failed check leaves nothing behind.
     """
-    with extra("export"):
+    with extra("export,cpu"):
         from aesanet.export.build import export_bundle
         from aesanet.models.public_beats import KNOWN_FILES
 

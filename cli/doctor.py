@@ -11,9 +11,12 @@ import click
 
 from aesanet import __version__
 
+# What to install for a command, and the packages that it then finds.
 _PACKAGES = {
-    "score": ("numpy", "soundfile", "soxr", "msgspec"),
-    "export": ("torch", "onnx", "onnxscript", "safetensors"),
+    "aesanet": ("numpy", "soundfile", "soxr", "msgspec"),
+    "aesanet[export]": ("torch", "onnx", "onnxscript", "safetensors"),
+    "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
+    "aesanet[rtx]": ("tensorrt-rtx",),
 }
 _GPU_QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
 
@@ -39,12 +42,13 @@ def doctor() -> None:
         head = f"{name} {support.version}: {runs}" if support.version else f"{name}:"
         click.echo(f"  {head} ({support.detail})")
 
-    for command, packages in _PACKAGES.items():
-        click.echo(f"\npackages of `aesanet {command}`")
-        for package in packages:
-            found = _version(package)
-            remedy = "missing: pip install " + ("aesanet" if command == "score" else f"'aesanet[{command}]'")
-            click.echo(f"  {package} {found or remedy}")
+    click.echo("\npackages")
+    for install, packages in _PACKAGES.items():
+        found = {package: _version(package) for package in packages}
+        missing = " ".join(package for package, version in found.items() if version is None)
+        there = ", ".join(f"{package} {version}" for package, version in found.items() if version is not None)
+        remedy = f"{missing} missing: pip install '{install}'" if missing else ""
+        click.echo(f"  {install}: {'; '.join(filter(None, (there, remedy)))}")
 
     click.echo("\naudio")
     for line in _codecs():

@@ -1,10 +1,13 @@
 """`aesanet score`: rows of audio in, rows of scores out."""
 
 import os
+import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -74,37 +77,58 @@ def score(
     rows = failed = 0
     seconds = 0.0
     started = time.monotonic()
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             file = sys.stdout if out is None else stack.enter_context(_create(out, overwrite))
             table = out is None and (layout == "table" or (layout == "auto" and file.isatty()))
             if table:
                 _write_header(file)
-            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, file=sys.stderr, smoothing=0.1))
+            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, file=sys.stderr))
+            interrupted = stack.enter_context(_interrupts())
             for row in scorer.stream(read_rows(inputs)):
                 with tqdm.external_write_mode(file=file):
-                    if table:
-                        _write_line(file, row)
-                    else:
-                        write_row(file, row)
+                    (_write_line if table else write_row)(file, row)
                 rows += 1
                 failed += "error" in row
                 seconds += row.get("seconds", 0.0)
                 bar.set_postfix_str(f"{seconds / 3600 / (time.monotonic() - started):.3f} h of audio/s", refresh=False)
                 bar.update()
-        except KeyboardInterrupt:
-            bar.close()
-            note(f"interrupted after {rows} rows, all of them written")
-            sys.exit(EXIT_INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_ROWS_FAILED)
+                if interrupted():
+                    break
+    except BrokenPipeError:
+        # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_ROWS_FAILED)
+    except OSError as error:
+        raise InputError(f"{out or 'stdout'}: {error.strerror} after {rows} rows") from None
+
     took = time.monotonic() - started
     speed = f"{seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.0f} x real time)"
     note(f"{rows - failed} of {rows} clips scored, {speed}")
+    if interrupted():
+        note(f"interrupted after {rows} rows{'' if total is None else f' of {total}'}, all of them written")
+        sys.exit(EXIT_INTERRUPTED)
     if failed:
         sys.exit(EXIT_ROWS_FAILED)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Let the row in hand be finished when Ctrl-C is pressed; yields a function that tells whether it was."""
+    pressed = False
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        note("finishing the clip in hand; Ctrl-C once more stops at once")
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _create(out: Path, overwrite: bool) -> TextIO:

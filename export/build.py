@@ -1,10 +1,13 @@
 """Checkpoint to bundle: load, export, check, write."""
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+import onnx
+import onnxruntime
+import onnxscript
+import torch
 
 from aesanet import __version__
 from aesanet.bundle import GRAPH_NAMES, GraphName, GraphSpec, Manifest, Source
@@ -14,7 +17,7 @@ from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.models.checkpoint import load_checkpoint
 
-_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime")
+_TOOLS = (torch, onnx, onnxscript, onnxruntime)
 
 
 def export_bundle(
@@ -51,7 +54,7 @@ def export_bundle(
                 beats_sha256=None if beats is None else file_sha256(beats),
                 config=msgspec.to_builtins(model.config),
             ),
-            tools={"aesanet": __version__, **{tool: version(tool) for tool in _TOOLS}},
+            tools={"aesanet": __version__, **{tool.__name__: str(tool.__version__) for tool in _TOOLS}},
             parity=measure_parity(model, folder),
         )
         write_manifest(folder, manifest)

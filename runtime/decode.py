@@ -41,9 +41,7 @@ class ClipReader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with _open(self.clip.path) as file:
-            rate = file.samplerate
-            if not SAMPLE_RATE / MAX_RATE_RATIO <= rate <= SAMPLE_RATE * MAX_RATE_RATIO:
-                raise ClipError("bad_sample_rate", f"a sample rate of {rate} Hz; 16 Hz to 16 MHz can be resampled")
+            rate = checked_rate(file.samplerate)
             first = round((self.clip.start_seconds or 0.0) * rate)
             last = None if self.clip.end_seconds is None else round(self.clip.end_seconds * rate)
             if file.frames < UNKNOWN_FRAMES:
@@ -77,6 +75,13 @@ class ClipReader:
         if not decoded:
             where = f" from {self.clip.start_seconds} s on" if first else ""
             raise ClipError("no_audio", f"no samples{where}; the file holds {position / file.samplerate:g} s")
+
+
+def checked_rate(rate: int) -> int:
+    """The rate in Hz; raises ClipError unless it can be brought to 16 kHz."""
+    if not SAMPLE_RATE / MAX_RATE_RATIO <= rate <= SAMPLE_RATE * MAX_RATE_RATIO:
+        raise ClipError("bad_sample_rate", f"a sample rate of {rate} Hz; 16 Hz to 16 MHz can be resampled")
+    return rate
 
 
 def checked_mono(block: np.ndarray) -> np.ndarray:

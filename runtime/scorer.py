@@ -15,7 +15,7 @@ from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 from aesanet.runtime.backends import BackendName, open_backend
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
-from aesanet.runtime.decode import ClipReader, checked_mono, resample
+from aesanet.runtime.decode import ClipReader, checked_mono, checked_rate, resample
 from aesanet.runtime.rows import Clip, Row, failed_row, scored_row
 from aesanet.runtime.windows import pad_batch, split_windows
 
@@ -113,7 +113,7 @@ class Scorer:
 
     def _score_one(self, audio: Audio) -> ClipScores:
         if isinstance(audio, tuple):
-            samples, rate = audio
+            samples, rate = audio[0], checked_rate(audio[1])
             return _rounded(self._mean_scores(resample(iter([_mono(samples)]), rate)), len(samples) / rate)
         return self._score_clip(ClipReader(Clip(os.fspath(audio))))
 

@@ -38,4 +38,4 @@ def test_scoring_needs_neither_torch_nor_onnx(tiny_bundle, tmp_path):
     assert "openvino: (not installed: pip install 'aesanet[openvino]')" in run(command, "doctor")
     refused = subprocess.run([command, "export", "x.pt", "--out", "y"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "pip install 'aesanet[export]'" in refused.stderr
+    assert "pip install 'aesanet[export,cpu]'" in refused.stderr

@@ -146,7 +146,13 @@ def test_an_interrupt_keeps_the_rows_and_says_so(tiny_bundle, audio, tmp_path):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert f"interrupted after {len(rows_of(out.read_text()))} rows" in err
+    assert f"interrupted after {len(rows_of(out.read_text()))} rows of 5000, all of them written" in err
+
+
+def test_a_full_disk_is_one_line(tiny_bundle, audio):
+    _, err = aesanet("score", tiny_bundle, audio, "--out", "/dev/full", "--overwrite", status=2)
+    assert "/dev/full: No space left on device after 0 rows" in err
+    assert "Traceback" not in err
 
 
 def test_doctor_tells_versions_engines_and_codecs():
