@@ -1,9 +1,10 @@
-"""Times every engine on the same batches, in turn, against PyTorch eager, and writes a CSV.
+"""Times every engine on the same batches, in turn, against PyTorch, and writes a CSV.
 
 python -m aesanet.benchmarks.backends --out benchmarks/results/backends.csv
 """
 
 import argparse
+import copy
 import csv
 import os
 import platform
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from aesanet.export.build import export_bundle
-from aesanet.lengths import SAMPLE_RATE
+from aesanet.lengths import SAMPLE_RATE, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
@@ -30,7 +31,7 @@ from aesanet.runtime.backends.base import Device, Precision
 from aesanet.runtime.scorer import Scorer
 
 COLUMNS = (
-    "date processor cores python torch engine weights batch clip_seconds repeats"
+    "date processor gpu cores python torch engine weights batch clip_seconds repeats"
     " milliseconds_median milliseconds_min x_real_time x_pytorch scores_max_abs_difference"
 ).split()
 CLIP_SECONDS = 10.0
@@ -63,6 +64,7 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
     where = {
         "date": date.today().isoformat(),
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "cores": threads,
         "python": platform.python_version(),
         "torch": version("torch"),
@@ -75,17 +77,39 @@ Engine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _openers(model: AESANet, bundle: Path, threads: int) -> Iterator[Callable[[], tuple[str, Engine]]]:
-    def eager(waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return np.asarray(model(torch.from_numpy(waveform), torch.from_numpy(num_samples)).numpy())
+    """PyTorch as people run it today, then every engine that this machine has."""
+    yield partial(_pytorch, model, "cpu", torch.float32, compiled=False)
+    if torch.cuda.is_available():
+        for dtype, compiled in ((torch.float32, False), (torch.float16, False), (torch.float16, True)):
+            yield partial(_pytorch, model, "cuda", dtype, compiled)
+    else:
+        yield partial(_pytorch, model, "cpu", torch.bfloat16, compiled=False)
 
     def opened(name: BackendName, device: Device, precision: Precision) -> tuple[str, Engine]:
         backend = Scorer.open(bundle, device, backend=name, precision=precision, threads=threads).backend
         return backend.name, backend.scores
 
-    yield lambda: (EAGER, eager)
     for name, support in supported_backends().items():
         yield from (partial(opened, name, device, precision) for device, precision in support.runs)
+
+
+def _pytorch(model: AESANet, device: Device, dtype: torch.dtype, compiled: bool) -> tuple[str, Engine]:
+    """The model on a device; below FP32, autocast over all but the front end, which it would ruin."""
+    there = copy.deepcopy(model).to(device)
+    encoder, head = (
+        (torch.compile(there.encoder), torch.compile(there.head)) if compiled else (there.encoder, there.head)
+    )
+
+    def scores(waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            tokens = num_tokens(torch.from_numpy(num_samples)).to(device)
+            fbank = there.frontend(torch.from_numpy(waveform).to(device))
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                result: np.ndarray = head(encoder(fbank, tokens), tokens).float().cpu().numpy()
+        return result
+
+    precision = {torch.float32: "fp32", torch.float16: "fp16 autocast", torch.bfloat16: "bf16 autocast"}[dtype]
+    return f"pytorch {'compile' if compiled else 'eager'} {device} {precision}", scores
 
 
 def _clips(batch: int) -> tuple[np.ndarray, np.ndarray]:

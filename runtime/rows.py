@@ -21,6 +21,8 @@ AUDIO_SUFFIXES = frozenset(
     " .m4a .mp4 .aac .wma .webm .amr .gsm".split()
 )
 
+MAX_SECONDS = 1e9  # 31 years: past it, times of a sample are no longer exact
+
 OUTPUT_KEYS = (*AXES, "seconds", "truncated", "error")
 """Keys that scoring writes; an input row's own values under these names are replaced."""
 
@@ -116,8 +118,8 @@ def _seconds(name: str, value: Any) -> float | None:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ClipError("bad_segment", f"{name} is {value!r}; it must be a number of seconds, 0 or more")
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise ClipError("bad_segment", f"{name} is {value!r}; it must be a number of seconds from 0 to {MAX_SECONDS:g}")
     return seconds
 
 

@@ -134,6 +134,7 @@ def test_rows_without_a_usable_path(path):
         {"start_time": float("nan")},
         {"end_time": float("inf")},
         {"start_time": [1]},
+        {"start_time": 1e308},
     ],
 )
 def test_segments_that_are_none(segment):
