@@ -83,7 +83,7 @@ def score(
             table = out is None and (layout == "table" or (layout == "auto" and file.isatty()))
             if table:
                 _write_header(file)
-            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, file=sys.stderr))
+            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, leave=False, file=sys.stderr))
             interrupted = stack.enter_context(_interrupts())
             for row in scorer.stream(read_rows(inputs)):
                 with tqdm.external_write_mode(file=file):
