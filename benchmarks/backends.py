@@ -6,7 +6,6 @@ python -m aesanet.benchmarks.backends --out benchmarks/results/backends.csv
 import argparse
 import copy
 import csv
-import os
 import platform
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ import torch
 
 from aesanet.export.build import export_bundle
 from aesanet.lengths import SAMPLE_RATE, num_tokens
+from aesanet.machine import processor_name, usable_cores
 from aesanet.models.aesanet import AESANet
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
@@ -63,7 +63,7 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
                 del engine
     where = {
         "date": date.today().isoformat(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "cores": threads,
         "python": platform.python_version(),
@@ -135,12 +135,6 @@ def _row(
     }
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Command line; without --checkpoint, an untrained network of the public base size is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint

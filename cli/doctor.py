@@ -1,6 +1,5 @@
 """`aesanet doctor`: what works on this machine, and how to get what does not."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from aesanet import __version__
+from aesanet.machine import processor_name, usable_cores
 
 # What to install for a command, and the packages that it then finds.
 _PACKAGES = {
@@ -31,7 +31,7 @@ def doctor() -> None:
     from aesanet.runtime.backends import supported_backends
 
     click.echo(f"aesanet {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    click.echo(f"processor: {_processor()}, {_cores()} cores for this process")
+    click.echo(f"processor: {processor_name()}, {usable_cores()} cores for this process")
     for gpu in _gpus():
         click.echo(f"GPU: {gpu}")
 
@@ -62,19 +62,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
 
 
 def _gpus() -> Iterator[str]:
