@@ -46,7 +46,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """ONNX Runtime against PyTorch on one batch: largest absolute differences."""
+    """ONNX Runtime on one batch against PyTorch on each of its clips alone: largest absolute differences."""
 
     num_samples: tuple[int, ...]
     fbank_max_abs: float
@@ -55,13 +55,18 @@ class ParityCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was measured after the export, the worst over all cases, and the limits that it had to keep."""
+    """What was measured after the export, the worst over all cases, and the limits that it had to keep.
+
+    `scores_spread` is the range of scores over the clips, on the axis where it is least: a difference far below it
+    means something, one near it nothing.
+    """
 
     engine: str
     features_max_abs: float
     scores_max_abs: float
     features_limit: float
     scores_limit: float
+    scores_spread: float
     cases: tuple[ParityCase, ...]
 
 
@@ -109,7 +114,7 @@ def read_manifest(bundle: str | Path) -> Manifest:
                 f"{path}: schema_version is {version!r}, not {SCHEMA_VERSION}; export the checkpoint again"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise BundleError(f"{path}: {error}; export the checkpoint again") from None
     for field, found, expected in (
         ("axes", manifest.axes, AXES),

@@ -60,13 +60,15 @@ class WindowPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hop_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.window_samples < MIN_SAMPLES:
+        shortest, longest = MIN_SAMPLES / SAMPLE_RATE, 600.0
+        if not shortest <= self.window_seconds <= longest:
             raise ValueError(
-                f"window_seconds is {self.window_seconds}; a window must hold one patch, {MIN_SAMPLES / SAMPLE_RATE} s"
+                f"window_seconds is {self.window_seconds}; it must be from {shortest}, which is one patch, to {longest}"
             )
-        if not 0 < self.hop_seconds <= self.window_seconds:
+        finest = HOP_SAMPLES / SAMPLE_RATE
+        if not finest <= self.hop_seconds <= self.window_seconds:
             raise ValueError(
-                f"hop_seconds is {self.hop_seconds}; it must be above 0 and at most window_seconds, "
+                f"hop_seconds is {self.hop_seconds}; it must be from {finest} to window_seconds, "
                 f"{self.window_seconds}, or audio would be left out"
             )
 
@@ -78,4 +80,4 @@ class WindowPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def hop_samples(self) -> int:
         """Samples at 16 kHz from one window's start to the next."""
-        return max(1, round(self.hop_seconds * SAMPLE_RATE))
+        return round(self.hop_seconds * SAMPLE_RATE)

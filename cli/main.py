@@ -1,12 +1,13 @@
 """The `aesanet` command: each family of commands is imported only when it is called."""
 
 import importlib
+import os
 import sys
 
 import click
 
 from aesanet import __version__
-from aesanet.cli.notes import note
+from aesanet.cli.notes import EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED, note
 from aesanet.errors import AesanetError
 
 _COMMANDS = {
@@ -14,8 +15,6 @@ _COMMANDS = {
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
     "doctor": ("doctor", "Say what works on this machine, and how to get what does not."),
 }
-
-EXIT_COULD_NOT_RUN = 2
 
 
 class _Commands(click.Group):
@@ -41,14 +40,22 @@ class _Commands(click.Group):
 def cli() -> None:
     """Perceptual audio scores from an exported AESA-Net.
 
-    Exit status: 0 all rows were scored, 1 some rows failed, 2 the command could not run.
+    Exit status: 0 all rows were scored, 1 some rows failed, 2 the command could not run, 130 interrupted.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors that we raise on purpose become one line and exit status 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
     try:
-        cli(args=arguments, prog_name="aesanet")
+        sys.exit(cli.main(args=arguments, prog_name="aesanet", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
     except AesanetError as error:
         note(str(error))
         sys.exit(EXIT_COULD_NOT_RUN)

@@ -1,4 +1,4 @@
-"""What all commands share: lines for people on stderr, and one answer to a missing extra."""
+"""What all commands share: exit statuses, lines for people on stderr, and one answer to a missing extra."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import click
 
 from aesanet.errors import BackendError
+
+EXIT_ROWS_FAILED, EXIT_COULD_NOT_RUN = 1, 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def note(message: str) -> None:

@@ -13,11 +13,8 @@ from typing import Any, TextIO
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.notes import note
+from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.errors import InputError
-
-EXIT_ROWS_FAILED = 1
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 @click.command()
@@ -59,13 +56,15 @@ def score(
     INPUTS are audio files, folders, globs, manifests (.jsonl, .csv, .tsv with a `path` and perhaps `start_time` and
     `end_time` in seconds) or `-` for JSON lines or plain paths on standard input.
 
-    Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start.
+    Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start or go on, 130 interrupted.
     """
     from tqdm import tqdm
 
     from aesanet.runtime.rows import count_rows, read_rows, write_row
     from aesanet.runtime.scorer import Scorer
 
+    if out is not None:
+        _check_out(out, overwrite, inputs)
     total = count_rows(inputs)
     if total == 0:
         raise InputError(f"no audio in {', '.join(inputs)}")
@@ -79,7 +78,7 @@ def score(
     started = time.monotonic()
     try:
         with ExitStack() as stack:
-            file = sys.stdout if out is None else stack.enter_context(_create(out, overwrite))
+            file = sys.stdout if out is None else stack.enter_context(_create(out))
             table = out is None and (layout == "table" or (layout == "auto" and file.isatty()))
             if table:
                 _write_header(file)
@@ -131,11 +130,16 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _create(out: Path, overwrite: bool) -> TextIO:
+def _check_out(out: Path, overwrite: bool, inputs: tuple[str, ...]) -> None:
+    if any(os.path.exists(name) and out.exists() and os.path.samefile(name, out) for name in inputs):
+        raise InputError(f"{out}: is one of the inputs; give --out another name")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out}: exists; give --overwrite to replace it, or another name")
+
+
+def _create(out: Path) -> TextIO:
     try:
-        return open(out, "w" if overwrite else "x", encoding="utf-8")
-    except FileExistsError:
-        raise InputError(f"{out}: exists; give --overwrite to replace it, or another name") from None
+        return open(out, "w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{out}: {error.strerror}") from None
 
@@ -150,7 +154,8 @@ def _write_header(file: TextIO) -> None:
 
 def _write_line(file: TextIO, row: dict[str, Any]) -> None:
     """One line for people; a long path keeps its end."""
-    name = str(row.get("path", row.get("line", ""))).encode(file.encoding, "backslashreplace").decode(file.encoding)
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(row.get("path", row.get("line", ""))))
+    name = name.encode(file.encoding, "backslashreplace").decode(file.encoding)
     name = name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]
     if "error" in row:
         what = f"  {row['error']['code']}: {row['error']['message']}"

@@ -1,5 +1,6 @@
 """A bundle folder is written whole or not at all."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,19 @@ def new_bundle(out: str | Path) -> Iterator[Path]:
     An older bundle at `out` stays whole until then. Raises ExportError when `out` is anything else.
     """
     out = Path(out).absolute()
-    if out.is_symlink() or (out.exists() and not _replaceable(out)):
-        raise ExportError(f"{out}: exists and is not a bundle; choose another name or move it away")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        folder = Path(beside, "new")
+    _check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another place") from None
+    with beside as temporary:
+        folder = Path(temporary, "new")
         folder.mkdir()
         yield folder
+        _check_replaceable(out)  # minutes may have passed
         if out.exists():
-            out.rename(Path(beside, "old"))
+            out.rename(Path(temporary, "old"))
         folder.rename(out)
 
 
@@ -35,5 +40,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
-def _replaceable(out: Path) -> bool:
-    return out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
+def _check_replaceable(out: Path) -> None:
+    """Raise ExportError where anything but a bundle or an empty folder stands."""
+    is_bundle = out.is_dir() and not out.is_symlink() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
+    if os.path.lexists(out) and not is_bundle:
+        raise ExportError(f"{out}: exists and is not a bundle; choose another name or move it away")

@@ -1,6 +1,6 @@
 """AESA-Net (arXiv 2509.03292): BEATs' layers mixed, a bidirectional LSTM, and one attention head an axis.
 
-The children of `AESANet` are the three graphs of a bundle: `frontend`, `encoder` and `head`.
+`AESANet.frontend`, `.encoder` and `.head` are the three graphs of a bundle.
 """
 
 import torch

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,8 +34,10 @@ def load_checkpoint(path: str | Path, beats: str | Path | None = None) -> AESANe
         state |= _trunk(path, config, beats_sha256, beats)
     elif beats is not None:
         raise CheckpointError(f"{path}: holds its own BEATs weights, so the BEATs file {beats} must be left out")
+    with torch.device("meta"):  # shapes alone: a wrong config must not cost memory
+        layout = {key: tuple(value.shape) for key, value in AESANet(config).state_dict().items()}
+    check_tensors(path, state, layout)
     model = AESANet(config)
-    check_tensors(path, state, {key: tuple(value.shape) for key, value in model.state_dict().items()})
     model.load_state_dict(state)
     return model.eval()
 

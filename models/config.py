@@ -10,6 +10,16 @@ GATE_PARTS = 8
 """Outputs of BEATs' gate projection (`grep_linear`): two gates, each the sum of four."""
 
 
+LARGEST_SIZE, LARGEST_DEPTH = 2**16, 256
+"""Of anything in a config: a damaged one must not ask for all memory before it is refused."""
+
+
+def _check_size(name: str, value: int) -> None:
+    largest = LARGEST_DEPTH if name.endswith("_layers") else LARGEST_SIZE
+    if not 1 <= value <= largest:
+        raise ValueError(f"{name} is {value}; it must be from 1 to {largest}")
+
+
 class BEATsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes of a BEATs trunk, under the names of the public `cfg`; the defaults are the public base model's."""
 
@@ -27,8 +37,8 @@ class BEATsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            if not isinstance(value := getattr(self, name), bool) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if not isinstance(value := getattr(self, name), bool):
+                _check_size(name, value)
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise ValueError(
@@ -86,8 +96,7 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def __post_init__(self) -> None:
         for name in ("adapter_width", "lstm_layers", "lstm_hidden", "shared_width", "attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            _check_size(name, getattr(self, name))
         if self.shared_width % self.attention_heads:
             raise ValueError(
                 f"attention_heads is {self.attention_heads}; it must divide shared_width, {self.shared_width}"

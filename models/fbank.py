@@ -58,7 +58,9 @@ class FrontEnd(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """waveform float32 [batch, samples] -> fbank float32 [batch, frames, 128]."""
-        log_mel: Tensor = self.fbank(waveform * 2.0**15)
+        # Under autocast its sums would round to 8 or 11 bits, or overflow.
+        with torch.autocast(waveform.device.type, enabled=False):
+            log_mel: Tensor = self.fbank(waveform * 2.0**15)
         return (log_mel - FBANK_MEAN) / (2 * FBANK_STD)
 
 

@@ -1,6 +1,5 @@
 """What every checkpoint reader needs: tensors from a pickle without running it, and keys checked by name."""
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from aesanet.errors import CheckpointError
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def existing_file(path: str | Path) -> Path:
@@ -25,11 +26,12 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's doubts about a file that is refused next
             content = torch.load(existing_file(path), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: not tensors and plain values alone, so it is not opened: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not a PyTorch file: {error}") from None
+    except CheckpointError:
+        raise
+    except Exception:  # a damaged pickle raises whatever its bytes happen to say
+        raise CheckpointError(
+            f"{path}: not a PyTorch file, or one that holds more than tensors and plain values, all that is unpickled"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict")
     return content
@@ -54,6 +56,8 @@ def check_tensors(path: str | Path, state: Any, expected: Mapping[str, tuple[int
             raise CheckpointError(f"{path}: {key} is a {type(value).__name__}; expected a tensor {list(shape)}")
         if tuple(value.shape) != shape:
             raise CheckpointError(f"{path}: {key} has shape {list(value.shape)}; the config asks for {list(shape)}")
+        if value.dtype not in _DTYPES or value.layout != torch.strided or value.is_meta:
+            raise CheckpointError(f"{path}: {key} is {value.dtype}, {value.layout}; expected dense floating point")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {key} holds NaN or infinite values")
 

@@ -1,5 +1,6 @@
 """A file becomes 16 kHz mono, block by block: memory does not grow with the file, and no header is believed."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from aesanet.runtime.rows import Clip
 
 BLOCK_SAMPLES = 2**18  # over all channels: 1 MB of float32 at a time, whatever a header claims
 LARGEST_SAMPLE = 2.0**31  # 32-bit integers written as floats; past it, energies overflow float32
-MAX_RATE_RATIO = 1000.0  # upsampling by more makes hours out of nothing
+MIN_RATE, MAX_RATE = 1_000, 16_000_000  # Hz; below, a damaged header would make hours out of nothing
+HEADER_SLACK_SECONDS = 0.1  # whole mp3 files say up to two frames of 36 ms more than they give
 UNKNOWN_FRAMES = 2**62  # libsndfile's answer for streams of unknown length is 2^63 - 1
 UNDECODABLE = (
     "not a format that libsndfile decodes (wav, flac, mp3, ogg, opus, aiff, caf, w64, au and more), "
-    "or damaged at its start; convert it to one of these"
+    "or damaged at its start; convert it to one of these, with ffmpeg for instance"
 )
 
 
@@ -36,8 +38,8 @@ class ClipReader:
 
     @property
     def truncated(self) -> bool:
-        """Did the file end before its header said? A millisecond is left for codecs that round."""
-        return self.claimed_seconds is not None and self.seconds < self.claimed_seconds - 1e-3
+        """Did the file end before its header said?"""
+        return self.claimed_seconds is not None and self.seconds < self.claimed_seconds - HEADER_SLACK_SECONDS
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with _open(self.clip.path) as file:
@@ -79,8 +81,8 @@ class ClipReader:
 
 def checked_rate(rate: int) -> int:
     """The rate in Hz; raises ClipError unless it can be brought to 16 kHz."""
-    if not SAMPLE_RATE / MAX_RATE_RATIO <= rate <= SAMPLE_RATE * MAX_RATE_RATIO:
-        raise ClipError("bad_sample_rate", f"a sample rate of {rate} Hz; 16 Hz to 16 MHz can be resampled")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ClipError("bad_sample_rate", f"a sample rate of {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz can be resampled")
     return rate
 
 
@@ -104,6 +106,13 @@ def resample(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
         yield out
 
 
+class _Stream(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """Without python-soundfile's seek after each read, which fails in FLAC of unknown length; `seek` itself works."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
 def _open(path: str) -> Iterator[soundfile.SoundFile]:
     try:
@@ -115,7 +124,7 @@ def _open(path: str) -> Iterator[soundfile.SoundFile]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ClipError("not_a_file", "a folder, a pipe or a device; only regular files are opened")
         try:
-            file = soundfile.SoundFile(descriptor, closefd=False)
+            file = _Stream(descriptor, closefd=False)
         except soundfile.LibsndfileError:
             raise ClipError("undecodable", UNDECODABLE) from None
         with file:
@@ -129,9 +138,9 @@ def _open_error(path: str, error: OSError) -> ClipError:
         if os.path.islink(path):
             return ClipError("not_a_file", "a link that leads nowhere")
         return ClipError("not_found", "no such file; relative paths start at the current folder")
-    if isinstance(error, PermissionError):
-        return ClipError("not_readable", "not allowed to read it")
-    return ClipError("not_a_file", error.strerror or str(error))
+    if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+        return ClipError("not_a_file", str(error.strerror))
+    return ClipError("not_readable", str(error.strerror))
 
 
 def _seek(file: soundfile.SoundFile, frame: int) -> int:
@@ -139,7 +148,7 @@ def _seek(file: soundfile.SoundFile, frame: int) -> int:
 
     In an mp3 of variable bit rate, libsndfile 1.2.2 goes on with other samples than those that stand there.
     """
-    if not frame or not file.seekable() or frame > file.frames or file.subtype.startswith("MPEG"):
+    if not frame or not file.frames > frame or file.subtype.startswith("MPEG"):
         return 0
     try:
         return int(file.seek(frame))

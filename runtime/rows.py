@@ -21,6 +21,7 @@ AUDIO_SUFFIXES = frozenset(
     " .m4a .mp4 .aac .wma .webm .amr .gsm".split()
 )
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 MAX_SECONDS = 1e9  # 31 years: past it, times of a sample are no longer exact
 
 OUTPUT_KEYS = (*AXES, "seconds", "truncated", "error")
@@ -38,9 +39,7 @@ class Row:
         """The clip that the row asks for; raises ClipError."""
         if self.error is not None:
             raise self.error
-        path = self.given.get("path")
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise ClipError("bad_row", f"path is {path!r}; it must be the name of a file")
+        path = file_name(self.given.get("path"))
         start, end = (_seconds(name, self.given.get(name)) for name in ("start_time", "end_time"))
         if end is not None and end <= (start or 0.0):
             raise ClipError("bad_segment", f"end_time is {end} s; it must be after start_time, {start or 0.0} s")
@@ -56,24 +55,35 @@ class Clip:
     end_seconds: float | None = None
 
 
+def file_name(path: Any) -> str:
+    """A path that the system can look up, as str; raises ClipError."""
+    try:
+        name = os.fsdecode(os.fspath(path))
+        if name and "\0" not in name and os.fsencode(name):
+            return name
+    except (TypeError, UnicodeError):
+        pass
+    raise ClipError("bad_row", f"path is {path!r}; it must be the name of a file")
+
+
 def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
     """Rows of all inputs, in order.
 
     An input is an audio file, a folder (searched recursively, in the order of names), a glob, a manifest
     (.jsonl, .csv, .tsv) or `-`: JSON lines or plain paths from standard input. A file that does not exist is a row,
-    whose clip then has the error; a manifest or folder that cannot be read raises InputError.
+    whose clip then has the error, and so is a folder that cannot be read; a manifest that cannot raises InputError.
     """
     for name in inputs:
         if name == "-":
             yield from _lines(sys.stdin.buffer)
         elif os.path.isdir(name):
-            yield from (Row({"path": path}) for path in _folder(name))
+            yield from _folder(name)
         elif name.lower().endswith(MANIFEST_SUFFIXES):
             yield from _manifest(name)
         elif glob.has_magic(name) and not os.path.lexists(name):
             for path in sorted(glob.glob(name, recursive=True)) or [name]:
                 if os.path.isdir(path):
-                    yield from (Row({"path": found}) for found in _folder(path))
+                    yield from _folder(path)
                 else:
                     yield Row({"path": path})
         else:
@@ -116,20 +126,23 @@ def _seconds(name: str, value: Any) -> float | None:
         return None
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds <= MAX_SECONDS:
         raise ClipError("bad_segment", f"{name} is {value!r}; it must be a number of seconds from 0 to {MAX_SECONDS:g}")
     return seconds
 
 
-def _folder(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: {error.strerror}")
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+def _folder(folder: str) -> Iterator[Row]:
+    """Rows of a folder's audio files; a folder in it that cannot be read is a row too, with its error."""
+    unread: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=unread.append):
         folders.sort()
-        yield from (os.path.join(parent, f) for f in sorted(files) if os.path.splitext(f)[1].lower() in AUDIO_SUFFIXES)
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES:
+                yield Row({"path": os.path.join(parent, name)})
+    for error in unread:
+        yield Row({"path": error.filename}, ClipError("not_readable", f"a folder: {error.strerror}"))
 
 
 def _manifest(name: str) -> Iterator[Row]:
@@ -146,7 +159,7 @@ def _manifest(name: str) -> Iterator[Row]:
 def _lines(file: BinaryIO) -> Iterator[Row]:
     """JSON objects or plain paths, one a line; empty lines are no rows."""
     for line in file:
-        text = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf")).strip("\r\n")
+        text = os.fsdecode(line.removeprefix(BYTE_ORDER_MARK)).strip("\r\n")
         if text.strip():
             yield _json_row(text) if text.lstrip().startswith(("{", "[")) else Row({"path": text})
 
@@ -168,10 +181,11 @@ def _finite(text: str) -> float:
 
 
 def _table(name: str, file: BinaryIO, delimiter: str) -> Iterator[Row]:
+    file.seek(len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0)
     text: Iterable[str] = (os.fsdecode(line) for line in file)
-    table = csv.reader(text, delimiter=delimiter)
+    table = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = [key.removeprefix("\ufeff") for key in next(table, [])]
+        header = next(table, [])
         if "path" not in header or len(set(header)) < len(header):
             raise InputError(f"{name}: its columns are {header}; it must have a `path`, and no name twice")
         for fields in table:

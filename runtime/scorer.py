@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
@@ -16,11 +16,12 @@ from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 from aesanet.runtime.backends import BackendName, open_backend
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
 from aesanet.runtime.decode import ClipReader, checked_mono, checked_rate, resample
-from aesanet.runtime.rows import Clip, Row, failed_row, scored_row
+from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
 from aesanet.runtime.windows import pad_batch, split_windows
 
 Audio: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A file, or samples with their rate in Hz."""
+OneAudio = TypeVar("OneAudio", bound=Audio)
 
 # A batch of windows from one clip: enough to fill the cores, and little memory.
 BATCH_WINDOWS = 4
@@ -38,7 +39,7 @@ class ClipScores:
 
 
 class Scorer:
-    """A bundle, opened on an engine.
+    """A bundle, opened on an engine. Threads may share it.
 
     >>> scorer = Scorer.open("my.bundle")                       # doctest: +SKIP
     >>> scorer.score("clip.wav").PQ                             # doctest: +SKIP
@@ -71,10 +72,10 @@ class Scorer:
         return cls(manifest, engine, reason)
 
     @overload
-    def score(self, audio: list[Audio]) -> list[ClipScores | ClipError]: ...
+    def score(self, audio: list[OneAudio]) -> list[ClipScores | ClipError]: ...
     @overload
     def score(self, audio: Audio) -> ClipScores: ...
-    def score(self, audio: Audio | list[Audio]) -> ClipScores | list[ClipScores | ClipError]:
+    def score(self, audio: Audio | list[OneAudio]) -> ClipScores | list[ClipScores | ClipError]:
         """Score one clip, or a list of clips in order.
 
         audio : a path; or (samples, rate) with samples floating [samples] or [samples, channels] in [-1, 1) and the
@@ -112,10 +113,12 @@ class Scorer:
             yield scored_row(row, scores)
 
     def _score_one(self, audio: Audio) -> ClipScores:
-        if isinstance(audio, tuple):
-            samples, rate = audio[0], checked_rate(audio[1])
-            return _rounded(self._mean_scores(resample(iter([_mono(samples)]), rate)), len(samples) / rate)
-        return self._score_clip(ClipReader(Clip(os.fspath(audio))))
+        if isinstance(audio, str | os.PathLike):
+            return self._score_clip(ClipReader(Clip(file_name(audio))))
+        if not isinstance(audio, tuple) or len(audio) != 2:
+            raise TypeError(f"audio is a {type(audio).__name__}; give a path, (samples, rate), or a list of these")
+        samples, rate = _mono(audio[0]), checked_rate(int(audio[1]))
+        return _rounded(self._mean_scores(resample(iter([samples]), rate)), len(samples) / rate)
 
     def _score_clip(self, reader: ClipReader) -> ClipScores:
         return _rounded(self._mean_scores(iter(reader)), reader.seconds)
@@ -156,4 +159,5 @@ def _mono(samples: np.ndarray) -> np.ndarray:
         )
     if not len(samples):
         raise ClipError("no_audio", "an array of no samples")
-    return checked_mono(samples.reshape(len(samples), -1).astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused next
+        return checked_mono(samples.reshape(len(samples), -1).astype(np.float32))

@@ -12,6 +12,20 @@ DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
 RECORDINGS = sorted(p for p in (ROOT / "models" / "demo" / "samples").iterdir() if p.suffix != ".md")
 
 
+_MEASURED = {}
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """What tests measured on the way, by name, to be printed at the end whether or not they passed."""
+    return _MEASURED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, value in _MEASURED.items():
+        terminalreporter.write_line(f"measured: {name}: {value}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     # Two that wait for each other on a busy machine are many times slower than one.

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from aesanet.lengths import WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, Affine, BEATsConfig, Calibration, HeadConfig
 
@@ -32,7 +33,8 @@ def tiny_config(**beats):
         score_range=(0.5, 9.5),
         calibration=calibration,
     )
-    return AESANetConfig(beats=BEATsConfig(**(sizes | beats)), head=head, weights="untrained")
+    window = WindowPolicy(window_seconds=4.0, hop_seconds=3.0)
+    return AESANetConfig(beats=BEATsConfig(**(sizes | beats)), head=head, window=window, weights="untrained")
 
 
 def random_model(config, seed):

@@ -54,6 +54,12 @@ def test_head_only_takes_the_very_beats_file_that_it_was_trained_on(tmp_path):
 
     with pytest.raises(CheckpointError, match=f"head alone.*{file_sha256(beats)}"):
         load_checkpoint(head)
+
+    def other_distances(config):
+        return config | {"beats": config["beats"] | {"max_distance": 15}}
+
+    with pytest.raises(CheckpointError, match=r"config\.beats is .*max_distance=15"):
+        load_checkpoint(rewritten(head, tmp_path / "x.safetensors", change_config=other_distances), beats)
     public_beats_file(tmp_path / "other.pt", model.config.beats, seed=3)
     with pytest.raises(CheckpointError, match=f"is not the {file_sha256(beats)}"):
         load_checkpoint(head, tmp_path / "other.pt")
@@ -74,6 +80,7 @@ def test_a_whole_checkpoint_takes_no_beats_file(tiny_checkpoint, tmp_path):
         (lambda s: s | {"head.extra": torch.zeros(1)}, "1 keys are unknown: head.extra"),
         (lambda s: s | {"head.adapter.bias": torch.zeros(3)}, r"head.adapter.bias has shape \[3\]; .* \[20\]"),
         (lambda s: s | {"head.adapter.bias": torch.full((20,), torch.nan)}, "head.adapter.bias holds NaN"),
+        (lambda s: s | {"head.adapter.bias": torch.ones(20, dtype=torch.int32)}, "head.adapter.bias is torch.int32"),
     ],
 )
 def test_wrong_weights_are_named(tiny_checkpoint, tmp_path, change, told):
@@ -89,6 +96,10 @@ def test_wrong_weights_are_named(tiny_checkpoint, tmp_path, change, told):
         (lambda c: c | {"beats": c["beats"] | {"encoder_attention_heads": 5}}, "encoder_attention_heads is 5"),
         (lambda c: c | {"head": c["head"] | {"score_range": [10, 0]}}, "score_range"),
         (lambda c: c | {"weights": "splendid"}, r"\$\.weights"),
+        (lambda c: c | {"beats": c["beats"] | {"encoder_layers": 10**9}}, "encoder_layers is 1000000000"),
+        (lambda c: c | {"beats": c["beats"] | {"encoder_ffn_embed_dim": 60_000}}, "fc1.weight has shape"),
+        (lambda c: c | {"head": c["head"] | {"shared_width": 48_000}}, "shape"),
+        (lambda c: c | {"window": {"window_seconds": 1e308, "hop_seconds": 1.0}}, "window_seconds is 1e[+]308"),
         (lambda c: c | {"window": {"window_seconds": 0.01, "hop_seconds": 0.01}}, "window_seconds is 0.01"),
         (lambda c: c | {"head": c["head"] | {"calibration": {"PQ": {"scale": -1}}}}, "scale is -1"),
     ],
@@ -104,12 +115,14 @@ def test_files_of_another_kind(tmp_path, tiny_model):
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"weights": {}}, tmp_path / "foreign.pt")
+    (tmp_path / "bytes.pt").write_bytes(bytes(range(256)))
     public_beats_file(tmp_path / "beats.pt", tiny_model.config.beats, seed=0)
     for name, told in {
         "none.pt": "no such file",
         ".": "not a regular file",
         "text.safetensors": "not a safetensors file",
-        "text.pt": "not",
+        "text.pt": "not a PyTorch file",
+        "bytes.pt": "not a PyTorch file",
         "foreign.safetensors": "not written by aesanet",
         "list.pt": "holds a list",
         "foreign.pt": "expected 'config' and 'state_dict'",

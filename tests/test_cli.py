@@ -1,8 +1,14 @@
+import contextlib
 import json
 import os
+import pty
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import termios
+import time
 
 import numpy as np
 import pytest
@@ -187,3 +193,60 @@ def test_recordings_are_few_and_small():
     assert sum(path.stat().st_size for path in RECORDINGS) < 3e6
     sources = (RECORDINGS[0].parent / "SOURCES.md").read_text()
     assert all(path.name in sources for path in RECORDINGS)
+
+
+def test_out_is_never_one_of_the_inputs(tiny_bundle, audio, tmp_path):
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text(json.dumps({"path": str(audio / "a.wav")}))
+    before = (audio / "a.wav").read_bytes()
+    for name in (manifest, audio / "a.wav"):
+        _, err = aesanet("score", tiny_bundle, name, "--out", name, "--overwrite", status=2)
+        assert "is one of the inputs" in err
+    assert manifest.read_text()
+    assert (audio / "a.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_closed_by_the_caller_does_not_stop_the_run(tiny_bundle, audio, tmp_path, closed):
+    out = tmp_path / "scores.jsonl"
+    command = " ".join(map(shlex.quote, [*COMMAND, "score", str(tiny_bundle), str(audio / "a.wav"), "--out", str(out)]))
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(out.read_text())) == 1
+
+
+def test_the_second_interrupt_stops_a_run_that_waits(tiny_bundle):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([*COMMAND, "score", str(tiny_bundle), "-"], text=True, **pipes)
+    while "untrained" not in running.stderr.readline():
+        pass
+    time.sleep(1)  # from the note to the loop
+    running.send_signal(signal.SIGINT)
+    assert "Ctrl-C once more" in running.stderr.readline()
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_on_a_terminal_it_is_a_table(tiny_bundle, audio):
+    """A real pseudo-terminal, with the progress bar on it too."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 120))
+    running = subprocess.Popen([*COMMAND, "score", str(tiny_bundle), str(audio)], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    with contextlib.suppress(OSError):  # a terminal whose other side was closed
+        while chunk := os.read(ours, 4096):
+            screen += chunk
+    os.close(ours)
+    assert running.wait() == 1
+    text = screen.decode()
+    for told in (r"clip +CE +CU +PC +PQ +seconds", r"a\.wav +\d+\.\d{3}", r"c\.mp3 +undecodable", r"h of audio/s"):
+        assert re.search(told, text), told
+
+
+def test_file_names_cannot_paint_the_terminal(tiny_bundle, tmp_path):
+    soundfile.write(tmp_path / "red\x1b[31m\n.wav", np.zeros(8_000), 16_000)
+    out, _ = aesanet("score", tiny_bundle, tmp_path, "--format", "table")
+    assert "red\\x1b[31m\\n.wav" in out

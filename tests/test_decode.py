@@ -170,7 +170,7 @@ def test_samples_that_no_waveform_has(tmp_path, bad):
     assert code(tmp_path / "a.wav") == "non_finite"
 
 
-@pytest.mark.parametrize("rate", [1, 15])
+@pytest.mark.parametrize("rate", [1, 15, 999])
 def test_a_rate_that_is_no_audio(tmp_path, rate):
     soundfile.write(tmp_path / "a.wav", np.zeros(100), rate)
     assert code(tmp_path / "a.wav") == "bad_sample_rate"
@@ -218,3 +218,24 @@ def test_descriptors_are_given_back(tmp_path):
         code(tmp_path / "bad.wav")
         next(iter(ClipReader(Clip(str(tmp_path / "good.wav")))))  # abandoned
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_flac_that_does_not_say_its_length_is_read_to_the_end(tmp_path):
+    """As encoders write it into a pipe: total samples, the low 36 bits of bytes 18 to 25, are 0."""
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 20 * 16_000)
+    soundfile.write(path, noise, 16_000)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert soundfile.info(path).frames > 2**60
+    samples, reader = read(path)
+    assert (len(samples), reader.seconds, reader.truncated) == (len(noise), 20.0, False)
+    np.testing.assert_allclose(samples, noise, atol=1e-4)
+    np.testing.assert_array_equal(read(path, 2.0, 3.0)[0], samples[32_000:48_000])
+
+
+def test_memory_does_not_follow_the_header_of_a_low_rate(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(2**19), 1_000)
+    assert max(len(block) for block in ClipReader(Clip(str(tmp_path / "a.wav")))) < 17 * BLOCK_SAMPLES

@@ -19,12 +19,13 @@ from aesanet.export.build import export_bundle
 from aesanet.export.graph import export_graph
 from aesanet.export.writer import new_bundle
 from aesanet.hashing import file_sha256
-from aesanet.lengths import num_tokens
+from aesanet.lengths import WindowPolicy, num_tokens
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
+from aesanet.models.untrained import untrained_model
 from aesanet.runtime.scorer import Scorer
-from aesanet.training.demo import untrained_model
+from aesanet.training import demo
 
 
 def onnx_scores(bundle, waveform, num_samples):
@@ -53,6 +54,7 @@ def test_the_manifest_tells_all(tiny_bundle, tiny_checkpoint, tiny_model):
     manifest = read_manifest(tiny_bundle)
     assert manifest.axes == ("CE", "CU", "PC", "PQ")
     assert manifest.weights == "untrained"
+    assert manifest.window == tiny_model.config.window == WindowPolicy(4.0, 3.0)
     assert manifest.source.sha256 == file_sha256(tiny_checkpoint)
     assert manifest.source.config["beats"]["encoder_embed_dim"] == 32
     assert manifest.score_range == (0.5, 9.5)
@@ -123,13 +125,22 @@ def test_an_old_bundle_stays_whole_until_the_new_one_is(tiny_bundle, tmp_path):
     assert (old / "bundle.json").read_text() == "whole"
 
 
-def test_the_check_sees_a_wrong_weight(tiny_bundle, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("graph", "weight", "change", "told"),
+    [
+        ("head", "adapter.bias", 0.01, r"scores by [\d.]+e-0[0-3]"),
+        ("head", "adapter.bias", np.nan, r"scores by [\d.]+e\+"),
+        ("encoder", "layers.2.fc2.bias", 0.05 * np.arange(32), r"features differ by [\d.]+e-0[0-3]"),
+        ("encoder", "layers.2.fc2.bias", np.nan, "features differ by nan"),
+    ],
+)
+def test_the_check_sees_a_wrong_weight(tiny_bundle, tiny_model, tmp_path, graph, weight, change, told):
     shutil.copytree(tiny_bundle, tmp_path / "b")
-    proto = onnx.load(tmp_path / "b" / "head.onnx")
-    weight = next(t for t in proto.graph.initializer if t.name.endswith("adapter.bias"))
-    weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) + 0.01).astype(np.float32).tobytes()
-    onnx.save(proto, tmp_path / "b" / "head.onnx")
-    with pytest.raises(ExportError, match="scores by"):
+    proto = onnx.load(tmp_path / "b" / f"{graph}.onnx")
+    tensor = next(t for t in proto.graph.initializer if t.name.endswith(weight))
+    tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) + change).astype(np.float32).tobytes()
+    onnx.save(proto, tmp_path / "b" / f"{graph}.onnx")
+    with pytest.raises(ExportError, match=told):
         parity.measure_parity(tiny_model, tmp_path / "b")
 
 
@@ -143,6 +154,27 @@ def test_nothing_but_a_bundle_is_replaced(tiny_checkpoint, tmp_path):
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_folder_that_appeared_during_the_export_is_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def export():
+        with new_bundle(out) as folder:
+            (folder / "bundle.json").write_text("new")
+            out.mkdir()
+            (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(ExportError, match="is not a bundle"):
+        export()
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("out", ["/proc/nothing/bundle", "FILE/bundle"])
+def test_a_place_that_cannot_be_written_is_one_error(tiny_checkpoint, tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="cannot be written"):
+        export_bundle(tiny_checkpoint, out.replace("FILE", str(tmp_path / "file")))
+
+
 def test_a_bad_checkpoint_leaves_nothing(tmp_path):
     (tmp_path / "x.pt").write_text("no")
     with pytest.raises(CheckpointError):
@@ -152,14 +184,14 @@ def test_a_bad_checkpoint_leaves_nothing(tmp_path):
 
 def test_the_demo_checkpoint_is_what_its_recipe_makes():
     shipped = load_checkpoint(DEMO_CHECKPOINT)
-    made = untrained_model()
+    made = untrained_model(demo.CONFIG, demo.SEED)
     assert shipped.config == made.config
     for (name, a), b in zip(shipped.state_dict().items(), made.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.slow
-def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path):
+def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path, measured):
     """The real thing in size: a head trained on a (random) BEATs file in the public layout, 361 MB."""
     beats, head = tmp_path / "beats.pt", tmp_path / "head.safetensors"
     config = AESANetConfig(weights="untrained")
@@ -175,7 +207,12 @@ def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path):
     manifest = export_bundle(head, tmp_path / "base.bundle", beats)
     took = time.monotonic() - started
     memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"\nbase size: exported in {took:.0f} s, {memory_gb:.1f} GB at most; {manifest.parity}")
+    measured["base size, export"] = f"{took:.0f} s, at most {memory_gb:.1f} GB"
+    measured["base size, parity"] = (
+        f"features {manifest.parity.features_max_abs:.1e}, scores {manifest.parity.scores_max_abs:.1e}, "
+        f"scores span {manifest.parity.scores_spread:.1e} or more"
+    )
+    assert took < 180
     assert memory_gb < 6
     assert manifest.source.beats_sha256 == file_sha256(beats)
 

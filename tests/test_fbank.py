@@ -135,3 +135,11 @@ def test_front_end_normalises_and_scales():
     expected = np.array([reference.front_end(row) for row in batch])
     assert features.dtype == np.float32
     assert np.abs(features - expected).max() < 1e-5
+
+
+def test_autocast_leaves_the_front_end_alone():
+    waveform = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (1, 16_000)).astype(np.float32))
+    expected = FrontEnd()(waveform)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = FrontEnd()(waveform)
+    assert torch.equal(found, expected)

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import math
 import os
 
 import pytest
@@ -141,3 +143,31 @@ def test_segments_that_are_none(segment):
     with pytest.raises(ClipError) as caught:
         Row({"path": "a.wav", **segment}).clip()
     assert caught.value.code == "bad_segment"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+)
+
+
+@given(path=json_values, start=json_values, end=json_values)
+def test_any_row_at_all_is_a_clip_or_a_clip_error(path, start, end):
+    with contextlib.suppress(ClipError):
+        clip = Row({"path": path, "start_time": start, "end_time": end}).clip()
+        assert os.fsencode(clip.path)
+        assert (clip.start_seconds or 0) < (math.inf if clip.end_seconds is None else clip.end_seconds)
+
+
+@pytest.mark.parametrize("row", [{"path": "\ud83d.wav"}, {"path": "a.wav", "start_time": 10**400}])
+def test_rows_that_no_system_can_take(row):
+    with pytest.raises(ClipError):
+        Row(row).clip()
+
+
+def test_a_table_as_spreadsheets_write_it_and_one_with_an_open_quote(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"path","text"\r\n"a.wav","b, c"\r\n')
+    assert given_rows(tmp_path / "a.csv") == [{"path": "a.wav", "text": "b, c"}]
+    (tmp_path / "b.csv").write_text('path,text\na.wav,"open\nb.wav,c\n')
+    with pytest.raises(InputError, match="line 3"):
+        list(read_rows([str(tmp_path / "b.csv")]))

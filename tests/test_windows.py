@@ -13,7 +13,7 @@ from aesanet.runtime.windows import pad_batch, split_windows
     hop_share=st.floats(0.05, 1.0),
 )
 def test_windows_are_slices_at_every_hop_until_all_is_covered(lengths, window, hop_share):
-    policy = WindowPolicy(window / SAMPLE_RATE, max(1, round(window * hop_share)) / SAMPLE_RATE)
+    policy = WindowPolicy(window / SAMPLE_RATE, max(160, round(window * hop_share)) / SAMPLE_RATE)
     window, hop = policy.window_samples, policy.hop_samples
     wave = np.arange(sum(lengths), dtype=np.float32)
     found = list(split_windows(np.split(wave, np.cumsum(lengths)[:-1]), policy))

@@ -5,11 +5,9 @@ python -m aesanet.training.demo models/demo/demo.safetensors
 
 import sys
 
-import torch
-
-from aesanet.models.aesanet import AESANet
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.models.config import AESANetConfig, BEATsConfig, HeadConfig
+from aesanet.models.untrained import untrained_model
 
 SEED = 2509
 CONFIG = AESANetConfig(
@@ -21,24 +19,8 @@ CONFIG = AESANetConfig(
         encoder_attention_heads=4,
     ),
     head=HeadConfig(adapter_width=128, lstm_hidden=64, shared_width=128),
-    weights="untrained",
 )
 
 
-def untrained_model() -> AESANet:
-    """An AESA-Net of demo size with seeded random weights, in eval mode.
-
-    PyTorch's own initialisation gives every clip nearly the same scores, which would make any comparison of two
-    engines look good; weights are made larger until scores of unlike sounds lie whole points apart.
-    """
-    torch.manual_seed(SEED)
-    model = AESANet(CONFIG)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.mul_(8.0 if name.endswith("score.weight") else 2.0 if name.startswith("head.") else 1.5)
-    return model.eval()
-
-
 if __name__ == "__main__":
-    save_checkpoint(untrained_model(), sys.argv[1])
+    save_checkpoint(untrained_model(CONFIG, SEED), sys.argv[1])

@@ -19,7 +19,7 @@ class Backend(Protocol):
     """Of the engine, its version, its device and the encoder's precision, for people and reports."""
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
-        """Score one batch.
+        """Score one batch; may be called from several threads.
 
         waveform    : float32 [batch, samples], 16 kHz, padded at the end with zeros
         num_samples : int64 [batch], each at least 2,800

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ class OpenVINOBackend:
     def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
         from openvino import Core
 
+        self._turn = Lock()  # a request holds one call's tensors
         core = Core()
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
@@ -34,9 +36,10 @@ class OpenVINOBackend:
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
         tokens = num_tokens(num_samples)
-        fbank = _run(self._frontend, {"waveform": waveform})
-        features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens})
-        return _run(self._head, {"features": features, "num_tokens": tokens}).copy()
+        with self._turn:
+            fbank = _run(self._frontend, {"waveform": waveform})
+            features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens})
+            return _run(self._head, {"features": features, "num_tokens": tokens}).copy()
 
 
 def support() -> Support:
