@@ -69,7 +69,11 @@ def _gpus() -> Iterator[str]:
     if (tool := shutil.which("nvidia-smi")) is None:
         yield "none (no nvidia-smi, so no NVIDIA driver)"
         return
-    found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        yield "nvidia-smi did not answer within 30 s"
+        return
     yield from found.stdout.splitlines() if found.returncode == 0 else [f"nvidia-smi failed: {found.stderr.strip()}"]
 
 

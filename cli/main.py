@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 
 import click
 
@@ -58,4 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except AesanetError as error:
         note(str(error))
+        sys.exit(EXIT_COULD_NOT_RUN)
+    except Exception:  # a fault of ours, which must not look like rows that failed
+        traceback.print_exc()
         sys.exit(EXIT_COULD_NOT_RUN)

@@ -61,14 +61,15 @@ def measure_parity(model: AESANet, folder: Path) -> Parity:
     spread = float(np.ptp(np.concatenate(all_scores), axis=0).min())
     parity = Parity(
         engine=f"onnxruntime {onnxruntime.__version__}, CPU, against PyTorch {torch.__version__}, FP32 eager",
-        features_max_abs=max(case.features_max_abs for case in cases),
-        scores_max_abs=max(case.scores_max_abs for case in cases),
+        # NumPy's maximum of anything and NaN is NaN; Python's may not be.
+        features_max_abs=float(np.max([case.features_max_abs for case in cases])),
+        scores_max_abs=float(np.max([case.scores_max_abs for case in cases])),
         features_limit=FEATURES_LIMIT,
         scores_limit=SCORES_LIMIT,
         scores_spread=spread,
         cases=tuple(cases),
     )
-    # `not <=`, so that NaN fails too.
+    # `not <=`, so that it fails.
     if not (parity.features_max_abs <= FEATURES_LIMIT and parity.scores_max_abs <= SCORES_LIMIT):
         raise ExportError(
             f"the exported graphs do not give the model's scores: features differ by {parity.features_max_abs:.1e} "

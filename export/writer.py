@@ -30,9 +30,15 @@ def new_bundle(out: str | Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         _check_replaceable(out)  # minutes may have passed
+        old = Path(temporary, "old")
         if out.exists():
-            out.rename(Path(temporary, "old"))
-        folder.rename(out)
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

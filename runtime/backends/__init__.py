@@ -41,17 +41,17 @@ def open_backend(
     Raises BackendError that says what the machine's engines can do and what to install.
     """
     here = supported_backends()
-    failed = ""
+    failed: list[str] = []
     for engine, on, in_precision, reason in _FASTEST_FIRST:
         asked = (name in ("auto", engine), device in ("auto", on), precision in ("auto", in_precision))
         if all(asked) and (on, in_precision) in here[engine].runs:
             try:
                 backend = _ENGINES[engine][0](files, on, in_precision, threads)
             except Exception as error:  # engines raise what they like; the next one may do
-                failed += f"; {engine} could not load the bundle: {error}"
+                failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
                 continue
-            return backend, reason if name == "auto" else "as asked"
-    found = "; ".join(f"{engine}: {support.detail}" for engine, support in here.items())
+            return backend, "; ".join(failed) or (reason if name == "auto" else "as asked")
+    found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(
-        f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found}{failed})"
+        f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found})"
     )
