@@ -107,7 +107,9 @@ def resample(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
 
 
 class _Stream(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """Without python-soundfile's seek after each read, which fails in FLAC of unknown length; `seek` itself works."""
+    """Without python-soundfile's seek after each read, which fails in FLAC of unknown length and, in an mp3
+    of variable bit rate, changes what is read next. `seek` itself works.
+    """
 
     def seekable(self) -> bool:
         return False
