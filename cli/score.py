@@ -16,6 +16,13 @@ from aesanet.axes import AXES
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.errors import InputError
 
+# What is said of scores by what their weights were made from.
+_WORTH = {
+    "untrained": "the weights of this bundle are untrained (random): its scores say nothing about the audio",
+    "demo": "these are demo weights, trained on the demo's own labels and not on human ratings: see their model card",
+    "trained": None,
+}
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -70,8 +77,8 @@ def score(
         raise InputError(f"no audio in {', '.join(inputs)}")
     scorer = Scorer.open(bundle, threads=threads, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
-    if scorer.manifest.weights == "untrained":
-        note("the weights of this bundle are untrained (random): its scores say nothing about the audio")
+    if (worth := _WORTH[scorer.manifest.weights]) is not None:
+        note(worth)
 
     rows = failed = 0
     seconds = 0.0

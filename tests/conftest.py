@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_model, tiny_config
+from hypothesis import settings
 
 from aesanet.export.build import export_bundle
 from aesanet.models.checkpoint import save_checkpoint
@@ -11,6 +12,10 @@ ROOT = Path(__file__).parent.parent
 DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
 RECORDINGS = sorted(p for p in (ROOT / "models" / "demo" / "samples").iterdir() if p.suffix != ".md")
 
+
+# A busy machine is slow without being wrong.
+settings.register_profile("aesanet", deadline=None)
+settings.load_profile("aesanet")
 
 _MEASURED = {}
 
