@@ -89,7 +89,7 @@ def test_resampling_as_a_stream_is_soxr_on_the_whole(tmp_path, rate):
 
 
 @given(rate=st.sampled_from([8_000, 22_050, 48_000]), cuts=st.lists(st.integers(1, 20_000), min_size=1, max_size=6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_blocks_of_any_size_give_the_same_samples(rate, cuts):
     wave = np.random.default_rng(1).normal(size=sum(cuts)).astype(np.float32)
     pieces = np.split(wave, np.cumsum(cuts)[:-1])

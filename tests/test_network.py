@@ -182,7 +182,7 @@ clip_lengths = st.integers(2800, 16_000)
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(clip_lengths, min_size=1, max_size=4),
     seed=st.integers(0, 2**32 - 1),

@@ -41,7 +41,7 @@ def test_all_engines_of_this_project_run_in_its_tests():
 
 
 @given(lengths=st.lists(st.integers(2_800, 40_000), min_size=1, max_size=4), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_every_fp32_engine_gives_pytorchs_scores_of_each_clip_alone(exact_scorer, tiny_model, lengths, seed):
     """One property for two promises: the scores are the checkpoint's, and they do not change with the batch."""
     rng = np.random.default_rng(seed)
