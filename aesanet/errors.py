@@ -3,6 +3,7 @@
 AesanetError
 +-- CheckpointError   a checkpoint file that cannot be loaded             (ValueError)
 +-- ExportError       a model that could not be exported, or failed its check  (RuntimeError)
++-- TrainingError     a training run that cannot go on                    (RuntimeError)
 +-- BundleError       a bundle folder that is damaged or of another kind  (ValueError)
 +-- BackendError      an engine that is missing or cannot run here        (RuntimeError)
 +-- InputError        inputs of a run that cannot be read at all          (ValueError)
@@ -37,6 +38,10 @@ class CheckpointError(AesanetError, ValueError):
 
 class ExportError(AesanetError, RuntimeError):
     """A model that could not be exported, or whose export does not give the model's scores."""
+
+
+class TrainingError(AesanetError, RuntimeError):
+    """A training run that cannot go on, as its loss is no longer a number."""
 
 
 class BundleError(AesanetError, ValueError):
