@@ -121,9 +121,14 @@ class AxisHead(nn.Module):
     def forward(self, x: Tensor, keys: Tensor) -> Tensor:
         """x [batch, tokens, width], keys bool [batch, tokens] -> [batch, tokens, 1] in (0, 1)."""
         q, k, v = self.qkv_proj(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-        attention = torch.softmax(logits.masked_fill(~keys[:, None, None], -torch.inf), dim=-1)
-        scores: Tensor = torch.sigmoid(self.score(self.out_proj((attention @ v).transpose(1, 2).flatten(2))))
+        mask = keys[:, None, None]
+        if torch.compiler.is_exporting():
+            # Written out, as the exporter would otherwise choose the operators.
+            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+            seen = torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1) @ v
+        else:
+            seen = F.scaled_dot_product_attention(q, k, v, mask)  # the same, three times as fast in training
+        scores: Tensor = torch.sigmoid(self.score(self.out_proj(seen.transpose(1, 2).flatten(2))))
         return scores
 
 
@@ -135,24 +140,32 @@ class MaskedLSTM(nn.LSTM):
 
     def forward(self, x: Tensor, num_tokens: Tensor) -> Tensor:  # type: ignore[override]
         """x [batch, tokens, input], num_tokens int64 [batch] -> [batch, tokens, 2 * hidden], padding undefined."""
-        if torch.compiler.is_exporting():
-            return self._onnx(x, num_tokens)
-        packed = pack_padded_sequence(x, num_tokens.cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = super().forward(packed)
-        return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
+        if x.is_cuda and not torch.compiler.is_exporting():
+            packed = pack_padded_sequence(x, num_tokens.cpu(), batch_first=True, enforce_sorted=False)
+            out, _ = super().forward(packed)
+            return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
+        return self._forwards(x, num_tokens)
 
-    def _onnx(self, x: Tensor, num_tokens: Tensor) -> Tensor:
-        """The same through ONNX's LSTM, forwards only: the other direction reads each clip's own tokens reversed.
+    def _forwards(self, x: Tensor, num_tokens: Tensor) -> Tensor:
+        """The same through forward LSTMs alone: the other direction reads each clip's own tokens reversed.
 
-        ONNX's bidirectional LSTM has a length input for this, but OpenVINO 2026.4 starts the backward direction of
-        short clips in the padding all the same (scores off by .05), and TensorRT has no FP16 kernel with lengths.
+        On a CPU, PyTorch has a fused kernel for these, five times as fast in training as a packed sequence. ONNX's
+        bidirectional LSTM has a length input, but OpenVINO 2026.4 starts the backward direction of short clips in
+        the padding all the same (scores off by .05), and TensorRT has no FP16 kernel with lengths.
         """
+        run = self._onnx_direction if torch.compiler.is_exporting() else self._cpu_direction
         reverse = _reversed_tokens(x, num_tokens)
         for layer in range(self.num_layers):
-            forward = self._onnx_direction(x, f"l{layer}")
-            backward = _take_tokens(self._onnx_direction(_take_tokens(x, reverse), f"l{layer}_reverse"), reverse)
+            forward = run(x, f"l{layer}")
+            backward = _take_tokens(run(_take_tokens(x, reverse), f"l{layer}_reverse"), reverse)
             x = torch.cat([forward, backward], dim=2)
         return x
+
+    def _cpu_direction(self, x: Tensor, weights: str) -> Tensor:
+        start = x.new_zeros(1, len(x), self.hidden_size)
+        flat = [getattr(self, f"{name}_{weights}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        out: Tensor = torch.lstm(x, (start, start), flat, True, 1, 0.0, self.training, False, True)[0]
+        return out
 
     def _onnx_direction(self, x: Tensor, weights: str) -> Tensor:
         w, r = (_iofc(getattr(self, f"weight_{kind}_{weights}"))[None] for kind in ("ih", "hh"))

@@ -1,12 +1,13 @@
 """AESA-Net checkpoint files: ours (`.safetensors`, whole or head only) and training ones (`.pt`)."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from aesanet.errors import CheckpointError
@@ -46,16 +47,35 @@ def save_checkpoint(model: AESANet, path: str | Path, beats_sha256: str | None =
     """Write one `.safetensors` with the config as JSON in its header.
 
     With `beats_sha256`, the hash of the public file that the frozen trunk came from, the trunk is left out.
+    Raises OSError.
     """
     header = {_CONFIG: msgspec.json.encode(model.config).decode()}
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     if beats_sha256 is not None:
         header[_BEATS_SHA256] = beats_sha256
         state = {key: value for key, value in state.items() if not key.startswith(TRUNK_PREFIX)}
-    save_file(state, path, metadata=header)
+    _write_file(path, state, header)
+
+
+def rewrite_config(path: str | Path, out: str | Path, change: Callable[[AESANetConfig], AESANetConfig]) -> None:
+    """Write our `.safetensors` at `path` to `out` with its config changed, and all else as it is.
+
+    A head-only checkpoint stays one, and its BEATs file is not needed. Raises CheckpointError or OSError.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"{path}: not one of aesanet's .safetensors, the only checkpoints that can be rewritten")
+    config, state, header = _read_file(path)
+    header[_CONFIG] = msgspec.json.encode(change(config)).decode()
+    _write_file(out, state, header)
 
 
 def _read_safetensors(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor], str | None]:
+    config, state, header = _read_file(path)
+    return config, state, header.get(_BEATS_SHA256)
+
+
+def _read_file(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and all text entries of the header of our `.safetensors`."""
     try:
         with safe_open(existing_file(path), framework="pt") as file:
             header = file.metadata() or {}
@@ -65,7 +85,20 @@ def _read_safetensors(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor
     if _CONFIG not in header:
         raise CheckpointError(f"{path}: its header has no {_CONFIG}; it was not written by aesanet")
     config = _config(path, lambda: msgspec.json.decode(header[_CONFIG], type=AESANetConfig))
-    return config, state, header.get(_BEATS_SHA256)
+    return config, state, header
+
+
+def _write_file(path: str | Path, state: dict[str, Tensor], header: dict[str, str]) -> None:
+    """The same content gives the same bytes: the library orders a header's text entries anew in every process."""
+    content = memoryview(save(state, metadata=header))
+    tensors = 8 + int.from_bytes(content[:8], "little")
+    fields = json.loads(bytes(content[8:tensors]))
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # as the format has it, so that tensors are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(content[tensors:])
 
 
 def _read_training(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor], None]:
