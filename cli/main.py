@@ -14,6 +14,9 @@ from aesanet.errors import AesanetError
 _COMMANDS = {
     "export": ("build", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
+    "train": ("train", "Train a checkpoint on clips that people have rated; goes on where it was stopped."),
+    "evaluate": ("evaluate", "Compare scores with human labels: MSE, LCC, SRCC, KTAU."),
+    "calibrate": ("evaluate", "Fit a checkpoint's scores to human labels; ranks stay as they are."),
     "doctor": ("doctor", "Say what works on this machine, and how to get what does not."),
 }
 
@@ -63,3 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception:  # a fault of ours, which must not look like rows that failed
         traceback.print_exc()
         sys.exit(EXIT_COULD_NOT_RUN)
+
+
+if __name__ == "__main__":  # `torchrun -m aesanet.cli.main train ...`
+    main()
