@@ -2,7 +2,17 @@
 
 from setuptools import setup
 
-ROOMS = ("models", "export", "runtime", "runtime.backends", "benchmarks", "training", "cli")
+ROOMS = (
+    "models",
+    "export",
+    "runtime",
+    "runtime.backends",
+    "benchmarks",
+    "benchmarks.experiments",
+    "training",
+    "training.demo",
+    "cli",
+)
 
 setup(
     packages=["aesanet", *(f"aesanet.{room}" for room in ROOMS)],

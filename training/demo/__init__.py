@@ -1,0 +1,1 @@
+"""The demo checkpoint's recipe: real recordings from Debian packages, degraded and mixed in known steps."""

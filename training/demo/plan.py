@@ -1,0 +1,186 @@
+"""Which clips the demo corpus has: references, and ladders of degradations and of layers built on them.
+
+Everything follows from the packages and one seed; `references.csv` and `labels.csv` keep the outcome, so that
+training needs no metric and the same clips can be made again.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+
+from aesanet.training.demo.degrade import HELD_OUT, LEVELS, TRAINED
+from aesanet.training.demo.render import Part, Reference, is_fit, render_reference
+from aesanet.training.demo.sources import Kind, Source, Split, by_split, duration_seconds
+
+SEED: Final = 2509
+MAX_LAYERS: Final = 5
+SECONDS: Final = (3.0, 6.0)  # shortest and longest reference
+GAP_SECONDS: Final = 0.12  # between recordings joined to one reference
+
+DemoSplit = Literal["train", "validation", "test", "synthetic"]
+
+
+class DemoClip(msgspec.Struct, frozen=True, kw_only=True):
+    """One clip of the corpus. `references` holds one reference a layer; level 0 is undamaged."""
+
+    id: str
+    split: DemoSplit
+    ladder: str = ""
+    kind: Kind | Literal["mix"]
+    references: tuple[str, ...]
+    degradation: str = ""
+    level: int = 0
+
+    @property
+    def layers(self) -> int:
+        """Sounds at the same time, as mixed."""
+        return len(self.references)
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """How much a split has: references by kind, ladders of damage on each of them, and ladders of layers.
+
+    `voices` and `sounds` are speech and effects for the layers alone, of which mixes need many different ones.
+    """
+
+    speech: int
+    music: int
+    effect: int
+    types: int
+    held_out_types: int
+    voices: int
+    sounds: int
+    layer_ladders: int
+
+
+COUNTS: Final[dict[Split, Counts]] = {
+    "train": Counts(
+        speech=240, music=240, effect=80, types=2, held_out_types=0, voices=500, sounds=200, layer_ladders=650
+    ),
+    "validation": Counts(
+        speech=24, music=24, effect=10, types=1, held_out_types=0, voices=20, sounds=10, layer_ladders=20
+    ),
+    "test": Counts(
+        speech=40, music=40, effect=20, types=2, held_out_types=1, voices=60, sounds=40, layer_ladders=80
+    ),
+}
+
+
+def plan(folder: Path, found: Sequence[Source]) -> tuple[list[Reference], list[DemoClip]]:
+    """References and clips of the three splits of recordings, in a fixed order."""
+    references: list[Reference] = []
+    clips: list[DemoClip] = []
+    for number, (split, counts) in enumerate(COUNTS.items()):
+        rng = np.random.default_rng([SEED, number])
+        layers: list[Reference] = []
+        for kind in ("speech", "music", "effect"):
+            fit = [s for s in by_split(list(found), split, kind) if s.package.references]
+            drawn = draw_references(folder, fit, getattr(counts, kind), f"{split}-{kind}", rng)
+            for reference in drawn:
+                clips += quality_ladders(reference, split, counts, rng)
+            references += drawn
+            layers += drawn if kind != "music" else []
+        # Voices without the band or the silence of a reference are still voices.
+        for name, kind in (("voice", "speech"), ("sound", "effect")):
+            of_kind = list(by_split(list(found), split, kind))
+            drawn = draw_references(folder, of_kind, getattr(counts, f"{name}s"), f"{split}-{name}", rng, strict=False)
+            references += drawn
+            layers += drawn
+        for index in range(counts.layer_ladders):
+            clips += layer_ladder(layers, split, f"{split}-layers-{index:03}", rng)
+    return references, clips
+
+
+def quality_ladders(
+    reference: Reference, split: DemoSplit, counts: Counts, rng: np.random.Generator
+) -> Iterable[DemoClip]:
+    """The reference itself, then five levels of each of some types of damage, drawn at random."""
+    yield DemoClip(id=reference.id, split=split, kind=reference.kind, references=(reference.id,))
+    names = [*rng.permutation(list(TRAINED))[: counts.types], *rng.permutation(list(HELD_OUT))[: counts.held_out_types]]
+    for name in names:
+        for level in LEVELS:
+            yield DemoClip(
+                id=f"{reference.id}-{name}-{level}",
+                split=split,
+                ladder=f"{reference.id}-{name}",
+                kind=reference.kind,
+                references=(reference.id,),
+                degradation=str(name),
+                level=level,
+            )
+
+
+def layer_ladder(
+    pool: Sequence[Reference], split: DemoSplit, name: str, rng: np.random.Generator
+) -> Iterable[DemoClip]:
+    """One to five sounds at once, of one speaker or thing each; about every second ladder damaged, all alike.
+
+    Damage ends at the middle level: beyond it, layers can no longer be heard apart.
+    """
+    chosen: dict[str, Reference] = {}
+    for index in rng.permutation(len(pool)):
+        chosen.setdefault(pool[index].group, pool[index])
+        if len(chosen) == MAX_LAYERS:
+            break
+    ids = tuple(reference.id for reference in chosen.values())
+    damaged = rng.integers(2) == 1
+    degradation, level = (str(rng.choice(list(TRAINED))), int(rng.integers(1, 4))) if damaged else ("", 0)
+    for layers in range(1, MAX_LAYERS + 1):
+        yield DemoClip(
+            id=f"{name}-{layers}",
+            split=split,
+            ladder=name,
+            kind="mix",
+            references=ids[:layers],
+            degradation=degradation,
+            level=level,
+        )
+
+
+def draw_references(
+    folder: Path, found: Sequence[Source], count: int, prefix: str, rng: np.random.Generator, strict: bool = True
+) -> list[Reference]:
+    """`count` references, or fewer where so many are not fit.
+
+    Each is of one group: a part of a long recording, or short ones joined.
+    """
+    groups: dict[str, list[Source]] = defaultdict(list)
+    for source in found:
+        if duration_seconds(folder / source.file) > 0.3:
+            groups[source.group].append(source)
+    names = sorted(groups)
+    drawn: list[Reference] = []
+    for _ in range(30 * count):
+        if len(drawn) == count or not names:
+            break
+        group = groups[names[rng.integers(len(names))]]
+        reference = Reference(
+            id=f"{prefix}-{len(drawn):03}",
+            kind=group[0].kind,
+            group=group[0].group,
+            language=group[0].language,
+            level_db=round(float(rng.uniform(-30, -22)), 1),
+            parts=_parts(folder, group, rng),
+        )
+        if is_fit(render_reference(folder, reference), reference.kind, strict):
+            drawn.append(reference)
+    return drawn
+
+
+def _parts(folder: Path, group: Sequence[Source], rng: np.random.Generator) -> tuple[Part, ...]:
+    wanted = rng.uniform(*SECONDS)
+    parts: list[Part] = []
+    for index in rng.permutation(len(group)):
+        source = group[index]
+        there = duration_seconds(folder / source.file)
+        seconds = round(min(there, wanted), 2)
+        start = round(float(rng.uniform(0, there - seconds)), 2) if there > seconds + 0.01 else 0.0
+        parts.append(Part(source.file, start, seconds))
+        wanted -= seconds + GAP_SECONDS
+        if wanted < 0.3:
+            break
+    return tuple(parts)
