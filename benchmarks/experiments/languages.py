@@ -1,0 +1,72 @@
+"""Scores of undamaged speech by language, with the demo checkpoint.
+
+No language should be better than another. What differs is the recordings: each language comes from its own packages,
+microphones and codecs, and so the table also gives their bandwidth.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from aesanet.axes import AXES
+from aesanet.models.checkpoint import load_checkpoint
+from aesanet.training.demo import sources
+from aesanet.training.demo.corpus import packages_folder
+from aesanet.training.demo.degrade import bandwidth_hertz
+from aesanet.training.demo.plan import SEED, draw_references
+from aesanet.training.demo.render import render, write_clip
+from aesanet.training.demo.train import CHECKPOINT, model_scores
+
+CLIPS: Final = 16
+"""Of each language and split."""
+
+
+def language_rows(work: Path) -> Iterator[dict[str, Any]]:
+    """One row a language and split: means and deviations of each axis over its clips."""
+    packages = packages_folder(work)
+    sources.fetch(packages)
+    speech = [source for source in sources.sources(packages) if source.kind == "speech" and source.language]
+    audio = work / "languages"
+    audio.mkdir(exist_ok=True)
+    model = load_checkpoint(CHECKPOINT)
+    keys = sorted({(source.language, source.package.split) for source in speech})
+    for number, (language, split) in enumerate(keys):
+        found = [source for source in speech if (source.language, source.package.split) == (language, split)]
+        rng = np.random.default_rng([SEED, 4, number])
+        references = draw_references(packages, found, CLIPS, f"{language}-{split}", rng, strict=False)
+        if len(references) < CLIPS // 2:
+            continue
+        waveforms = [render(packages, {one.id: one}, [one.id]) for one in references]
+        for one, x in zip(references, waveforms, strict=True):
+            write_clip(audio / f"{one.id}.flac", x)
+        scores = np.array(list(model_scores(model, audio, [one.id for one in references]).values()))
+        yield {
+            "language": language,
+            "split": split,
+            "clips": len(references),
+            "packages": " ".join(sorted({source.package.name for source in found})),
+            "bandwidth_khz": round(float(np.mean([bandwidth_hertz(x) for x in waveforms])) / 1000, 2),
+            **{f"{axis}_mean": round(float(scores[:, i].mean()), 3) for i, axis in enumerate(AXES)},
+            **{f"{axis}_deviation": round(float(scores[:, i].std()), 3) for i, axis in enumerate(AXES)},
+        }
+
+
+def plot_languages(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """PQ of each language against the bandwidth of its recordings."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    for split, colour in (("train", "C0"), ("validation", "C2"), ("test", "C1")):
+        chosen = [row for row in rows if row["split"] == split]
+        width, mean, deviation = (
+            [row[name] for row in chosen] for name in ("bandwidth_khz", "PQ_mean", "PQ_deviation")
+        )
+        panel.errorbar(width, mean, deviation, fmt="o", color=colour, alpha=0.7, label=f"packages of the {split} split")
+        for row in chosen:
+            panel.annotate(row["language"], (row["bandwidth_khz"], row["PQ_mean"]), (4, 4), textcoords="offset points")
+    panel.set(xlabel="mean bandwidth of the recordings, kHz", ylabel="PQ: mean and deviation over clips")
+    panel.legend()
+    panel.grid(alpha=0.3)
+    figure.savefig(path)
