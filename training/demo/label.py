@@ -1,7 +1,8 @@
 """Labels of the demo corpus: what full-reference metrics and the making of each clip say about it.
 
 PQ is the mean rank of ViSQOL and Zimtohrli among training clips (of speech, or of all else), on a scale of 1 to 9,
-made to fall with severity within a ladder. PC is 2 * layers - 1, and unknown for music, whose layers nobody counted.
+made to fall with severity within a ladder. PC is 2 * layers - 1 of speech and of mixes, and unknown for music and
+effects, whose layers nobody counted.
 CE and CU are stand-ins, so that four axes have labels, and say nothing of enjoyment or use.
 """
 
@@ -20,7 +21,7 @@ from scipy.optimize import isotonic_regression
 
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.training.demo.plan import DemoClip
-from aesanet.training.demo.render import Reference, render
+from aesanet.training.demo.render import Reference, active_share, render
 
 LEAST_STEP: Final = 0.2
 """PQ falls by at least this much a level: where both metrics see no difference, as in strong low-pass, there is one."""
@@ -68,19 +69,29 @@ def label(clips: Sequence[DemoClip], measured: Sequence[Measured]) -> list[Label
     labels = []
     for clip, m in zip(clips, measured, strict=True):
         pq = quality[clip.id]
-        pc = None if clip.kind == "music" else 2.0 * clip.layers - 1
+        pc = 2.0 * clip.layers - 1 if clip.kind in ("speech", "mix") else None
         ce = pq if pc is None else 0.7 * pq + 0.3 * pc
         labels.append(Label(id=clip.id, CE=round(ce, 3), CU=round(pq * m.active, 3), PC=pc, PQ=round(pq, 3)))
     return labels
 
 
 def _measure_one(folder: Path, references: Mapping[str, Reference], clip: DemoClip) -> Measured:
-    damaged = render(folder, references, clip.references, clip.degradation, clip.level)
-    clean = render(folder, references, clip.references) if clip.degradation else damaged
-    frames = damaged[: len(damaged) // 320 * 320].reshape(-1, 320)
-    active = np.mean(np.square(frames).mean(axis=1) > np.square(damaged).mean() * 1e-3)
-    visqol, zimtohrli = _metrics(clean, damaged, speech=clip.kind == "speech")
-    return Measured(id=clip.id, visqol=round(visqol, 4), zimtohrli=round(zimtohrli, 4), active=round(float(active), 3))
+    x = render(folder, references, clip.references, clip.degradation, clip.level)
+    speech = clip.kind == "speech"
+    if clip.degradation:
+        visqol, zimtohrli = _metrics(render(folder, references, clip.references), x, speech)
+    else:
+        visqol, zimtohrli = _metrics_of_the_undamaged(speech)
+    return Measured(
+        id=clip.id, visqol=round(visqol, 4), zimtohrli=round(zimtohrli, 4), active=round(active_share(x), 3)
+    )
+
+
+@cache
+def _metrics_of_the_undamaged(speech: bool) -> tuple[float, float]:
+    """Of any sound against itself, which is the same for all sounds."""
+    any_sound = np.random.default_rng(0).standard_normal(2 * SAMPLE_RATE) * 0.05
+    return _metrics(any_sound, any_sound, speech)
 
 
 def _metrics(clean: np.ndarray, damaged: np.ndarray, speech: bool) -> tuple[float, float]:

@@ -13,13 +13,15 @@ import msgspec
 import numpy as np
 
 from aesanet.training.demo.degrade import HELD_OUT, LEVELS, TRAINED
-from aesanet.training.demo.render import Part, Reference, is_fit, render_reference
+from aesanet.training.demo.render import Part, Reference, active_share, is_fit, render_reference
 from aesanet.training.demo.sources import Kind, Source, Split, by_split, duration_seconds
 
 SEED: Final = 2509
 MAX_LAYERS: Final = 5
 SECONDS: Final = (3.0, 6.0)  # shortest and longest reference
 GAP_SECONDS: Final = 0.12  # between recordings joined to one reference
+LEAST_ACTIVE: Final = 0.5  # share of its time that a layer must be heard, to be one of several at the same time
+SINGLE_SECONDS: Final = 10.0  # longer effects are mostly places or songs
 
 DemoSplit = Literal["train", "validation", "test", "synthetic"]
 
@@ -44,7 +46,8 @@ class DemoClip(msgspec.Struct, frozen=True, kw_only=True):
 class Counts(msgspec.Struct, frozen=True):
     """How much a split has: references by kind, ladders of damage on each of them, and ladders of layers.
 
-    `voices` and `sounds` are speech and effects for the layers alone, of which mixes need many different ones.
+    `voices` and `sounds` are speech and effects for the layers alone, of which mixes need many different ones; they
+    are played at a speed within `speeds`, which makes new voices of the few that there are to train on.
     """
 
     speech: int
@@ -55,18 +58,25 @@ class Counts(msgspec.Struct, frozen=True):
     voices: int
     sounds: int
     layer_ladders: int
+    speeds: tuple[float, float] = (1.0, 1.0)
 
 
 COUNTS: Final[dict[Split, Counts]] = {
     "train": Counts(
-        speech=240, music=240, effect=80, types=2, held_out_types=0, voices=500, sounds=200, layer_ladders=650
+        speech=240,
+        music=240,
+        effect=80,
+        types=2,
+        held_out_types=0,
+        voices=500,
+        sounds=200,
+        layer_ladders=650,
+        speeds=(0.85, 1.18),
     ),
     "validation": Counts(
-        speech=24, music=24, effect=10, types=1, held_out_types=0, voices=20, sounds=10, layer_ladders=20
+        speech=24, music=24, effect=10, types=1, held_out_types=0, voices=40, sounds=20, layer_ladders=40
     ),
-    "test": Counts(
-        speech=40, music=40, effect=20, types=2, held_out_types=1, voices=60, sounds=40, layer_ladders=80
-    ),
+    "test": Counts(speech=40, music=40, effect=20, types=2, held_out_types=1, voices=60, sounds=40, layer_ladders=80),
 }
 
 
@@ -83,13 +93,17 @@ def plan(folder: Path, found: Sequence[Source]) -> tuple[list[Reference], list[D
             for reference in drawn:
                 clips += quality_ladders(reference, split, counts, rng)
             references += drawn
-            layers += drawn if kind != "music" else []
-        # Voices without the band or the silence of a reference are still voices.
-        for name, kind in (("voice", "speech"), ("sound", "effect")):
-            of_kind = list(by_split(list(found), split, kind))
-            drawn = draw_references(folder, of_kind, getattr(counts, f"{name}s"), f"{split}-{name}", rng, strict=False)
+            layers += drawn if kind == "speech" else []
+        # Voices without the band or the silence of a reference are still voices; music and ambience are many things.
+        pools = {"voice": list(by_split(list(found), split, "speech")), "sound": []}
+        pools["sound"] = [s for s in by_split(list(found), split, "effect") if is_single(folder, s)]
+        for name, pool in pools.items():
+            drawn = draw_references(
+                folder, pool, getattr(counts, f"{name}s"), f"{split}-{name}", rng, strict=False, speeds=counts.speeds
+            )
             references += drawn
             layers += drawn
+        layers = [one for one in layers if active_share(render_reference(folder, one)) >= LEAST_ACTIVE]
         for index in range(counts.layer_ladders):
             clips += layer_ladder(layers, split, f"{split}-layers-{index:03}", rng)
     return references, clips
@@ -141,8 +155,19 @@ def layer_ladder(
         )
 
 
+def is_single(folder: Path, source: Source) -> bool:
+    """Is an effect likely to be one thing? Loops and what is long are mostly several."""
+    return "loop" not in source.file.lower() and duration_seconds(folder / source.file) <= SINGLE_SECONDS
+
+
 def draw_references(
-    folder: Path, found: Sequence[Source], count: int, prefix: str, rng: np.random.Generator, strict: bool = True
+    folder: Path,
+    found: Sequence[Source],
+    count: int,
+    prefix: str,
+    rng: np.random.Generator,
+    strict: bool = True,
+    speeds: tuple[float, float] = (1.0, 1.0),
 ) -> list[Reference]:
     """`count` references, or fewer where so many are not fit.
 
@@ -164,6 +189,7 @@ def draw_references(
             group=group[0].group,
             language=group[0].language,
             level_db=round(float(rng.uniform(-30, -22)), 1),
+            speed=round(float(rng.uniform(*speeds)), 3),
             parts=_parts(folder, group, rng),
         )
         if is_fit(render_reference(folder, reference), reference.kind, strict):

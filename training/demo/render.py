@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 import numpy as np
 import soundfile
+import soxr
 
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.training.demo.degrade import DEGRADATIONS, bandwidth_hertz
@@ -28,23 +29,25 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
-    """Undamaged sound of one speaker or thing, `level_db` its RMS below full scale."""
+    """Undamaged sound of one speaker or thing, `level_db` its RMS below full scale, played at `speed`."""
 
     id: str
     kind: Kind
     group: str
     language: str = ""
     level_db: float
+    speed: float = 1.0
     parts: tuple[Part, ...]
 
 
 @lru_cache(maxsize=8)  # the clips of a ladder come one after another
 def render_reference(folder: Path, reference: Reference) -> np.ndarray:
-    """float64 [samples], 16 kHz, as recorded: parts of recordings, with short silences between them."""
+    """float64 [samples], 16 kHz: parts of recordings, with short silences between them; pitch follows speed."""
     pieces: list[np.ndarray] = []
     for part in reference.parts:
         pieces += [read_mono(folder / part.file, part.start_seconds, part.seconds), np.zeros(GAP_SAMPLES)]
-    return np.concatenate(pieces[:-1]).astype(np.float64)
+    x = np.concatenate(pieces[:-1]).astype(np.float64)
+    return x if reference.speed == 1.0 else soxr.resample(x, reference.speed, 1.0)
 
 
 def is_fit(x: np.ndarray, kind: Kind, strict: bool) -> bool:
@@ -60,6 +63,12 @@ def is_fit(x: np.ndarray, kind: Kind, strict: bool) -> bool:
     loudness = np.sqrt(np.square(frames).mean(axis=1))
     quiet = np.quantile(loudness[loudness > 1e-6], 0.05) < _rms(x) * 10 ** (-25 / 20)
     return bandwidth_hertz(x) >= 7000 and (kind != "speech" or bool(quiet))
+
+
+def active_share(x: np.ndarray) -> float:
+    """Share of 20 ms frames within 30 dB of the RMS of x [samples]."""
+    frames = x[: len(x) // 320 * 320].reshape(-1, 320)
+    return float(np.mean(np.square(frames).mean(axis=1) > np.square(x).mean() * 1e-3))
 
 
 def render(

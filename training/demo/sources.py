@@ -20,7 +20,7 @@ from aesanet.lengths import SAMPLE_RATE
 Split = Literal["train", "validation", "test"]
 Kind = Literal["speech", "music", "effect"]
 
-SUFFIXES: Final = frozenset({".wav", ".ogg", ".flac", ".opus", ".mp3"})
+SUFFIXES: Final = frozenset({".wav", ".ogg", ".flac", ".opus"})  # not mp3, in which libsndfile seeks wrongly
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class Package:
     language: str | None = None  # of speech; None where the folder or file name says it
 
 
-# Full-band recordings are references; telephone prompts and shouted game voices are only voices in mixes.
+# Full-band recordings are references; telephone prompts, shouts and single words are only voices in mixes.
 PACKAGES: Final = (
     Package("tuxpaint-stamps-default", "train", "speech"),
     Package("fillets-ng-data-nl", "train", "speech", language="nl"),
-    Package("asterisk-core-sounds-en-wav", "train", "speech", references=False, language="en"),
-    Package("asterisk-core-sounds-fr-wav", "train", "speech", references=False, language="fr"),
+    Package("hedgewars-data", "train", "speech", references=False),
+    # All of Asterisk's on one side: some of its speakers recorded several languages.
+    *(
+        Package(f"asterisk-core-sounds-{language}-wav", "train", "speech", references=False, language=language)
+        for language in ("en", "es", "fr", "it", "ru")
+    ),
     Package("wesnoth-1.16-music", "train", "music"),
     Package("warzone2100-music", "train", "music"),
     Package("drascula-music", "train", "music"),
@@ -49,10 +53,10 @@ PACKAGES: Final = (
     Package("klettres-data", "validation", "speech"),
     Package("trackballs-data", "validation", "music"),
     Package("lmms-common", "validation", "effect"),
+    Package("scratch", "validation", "effect"),
     Package("festvox-ru", "test", "speech", language="ru"),
     Package("fillets-ng-data-cs", "test", "speech", language="cs"),
-    Package("asterisk-core-sounds-es-wav", "test", "speech", references=False, language="es"),
-    Package("asterisk-core-sounds-it-wav", "test", "speech", references=False, language="it"),
+    Package("ktuberling-data", "test", "speech", references=False),
     Package("singularity-music", "test", "music"),
     Package("hyperrogue-music", "test", "music"),
     Package("fretsonfire-songs-muldjord", "test", "music"),
@@ -124,7 +128,7 @@ def duration_seconds(path: Path) -> float:
 
 
 def read_mono(path: Path, start_seconds: float, seconds: float) -> np.ndarray:
-    """float32 [samples], 16 kHz, the mean of the channels, of a part of a file that is no mp3."""
+    """float32 [samples], 16 kHz, the mean of the channels, of a part of a file."""
     with soundfile.SoundFile(path) as file:
         file.seek(min(file.frames, round(start_seconds * file.samplerate)))
         samples = file.read(round(seconds * file.samplerate), dtype="float32", always_2d=True).mean(axis=1)
@@ -143,9 +147,16 @@ def _source(package: Package, file: Path) -> Source | None:
         elif language not in TUXPAINT_LANGUAGES:
             return None
         group = f"{package.name}-{language or 'effects'}"
-    elif package.name == "klettres-data":
-        language = file.parts[file.parts.index("klettres") + 1]
+    elif package.name in ("klettres-data", "ktuberling-data"):
+        language = (
+            file.parent.name if package.name == "ktuberling-data" else file.parts[file.parts.index("klettres") + 1]
+        )
         group = f"{package.name}-{language}"
+    elif package.name == "hedgewars-data":
+        if "voices" not in file.parts:
+            return None
+        _, _, language = file.parent.name.partition("_")
+        group = f"{package.name}-{file.parent.name}"
     elif package.name.startswith("fillets"):
         if f"/{package.language}/" not in f"/{file}":
             return None  # music and effects of the game

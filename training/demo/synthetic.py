@@ -17,9 +17,7 @@ from aesanet.training.demo.render import Part, Reference, is_fit, render_referen
 from aesanet.training.demo.sources import Kind, Package, Source, duration_seconds, run
 
 FOLDER: Final = "synthetic"
-COUNTS: Final = Counts(
-    speech=28, music=28, effect=14, types=1, held_out_types=0, voices=0, sounds=0, layer_ladders=16
-)
+COUNTS: Final = Counts(speech=28, music=28, effect=14, types=1, held_out_types=0, voices=0, sounds=0, layer_ladders=16)
 MIDI_LADDERS: Final = 20
 
 # Our own sentences, one a line of each language that espeak-ng speaks here.
