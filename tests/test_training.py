@@ -682,6 +682,24 @@ def test_two_processes_train_as_one(clips, folder, tmp_path, monkeypatch):
                 assert row[name] == other[name]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # of kernels that are not, which a run on a GPU tells of
+@pytest.mark.parametrize("trunk", ["frozen", "trained"])
+def test_a_gpu_trains_as_a_cpu_does_and_goes_on(trunk, clips, folder, tmp_path):
+    config = changed(epochs=4, learning_rate=5e-3)
+    mse = {
+        device: run(folder, clips, tmp_path / device, trunk=trunk, config=changed(config, device=device)).best_mse
+        for device in ("cpu", "cuda")
+    }
+    assert mse["cuda"] == pytest.approx(mse["cpu"], rel=0.1)
+    steps = count(1)
+    half = changed(config, device="cuda", precision="bf16")
+    stopped = run(folder, clips, tmp_path / "parts", trunk=trunk, config=half, stop=lambda: next(steps) == 10)
+    assert not stopped.finished
+    assert run(folder, clips, tmp_path / "parts", trunk=trunk, config=half).finished
+    assert float(epochs(tmp_path / "parts")[-1]["mean_srcc"]) > 0.5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line():
     assert own_device("auto") == CPU
