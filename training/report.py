@@ -12,6 +12,7 @@ import matplotlib
 import numpy
 import scipy
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aesanet import __version__
@@ -79,18 +80,25 @@ def plot_epochs(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         ("MSE", ("train_clip_mse", "train_frame_mse", "validation_mse")),
         ("validation MSE", tuple(f"validation_mse_{axis}" for axis in AXES)),
         ("validation SRCC", tuple(f"srcc_{axis}" for axis in AXES)),
-        ("embeddings", ("effective_rank", "mean_distance", "order_correlation", "train_triplet")),
+        ("embeddings", ("mean_distance", "order_correlation", "train_triplet")),
     )
-    epochs = [row["epoch"] for row in rows]
     for panel, (title, names) in zip(panels.flat, curves, strict=True):
         for name in names:
-            values = [math.nan if row[name] is None else row[name] for row in rows]
-            panel.plot(epochs, values, label=name, marker="." if len(rows) < 30 else None)
+            _draw(panel, rows, name)
         panel.set(title=title, xlabel="epoch")
         panel.legend(fontsize="small")
         panel.grid(alpha=0.3)
+    rank = panels[1, 1].twinx()  # tens, where the others are ones
+    _draw(rank, rows, "effective_rank", color="black", linestyle=":")
+    rank.set_ylabel("effective_rank (dotted)")
+    rank.set_ylim(bottom=0)
     with replacing(out / "epochs.png") as beside:
         figure.savefig(beside, format="png")
+
+
+def _draw(panel: Axes, rows: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+    values = [math.nan if row[name] is None else row[name] for row in rows]
+    panel.plot([row["epoch"] for row in rows], values, label=name, marker="." if len(rows) < 30 else None, **style)
 
 
 def write_validation(data: Data, out: Path) -> None:
