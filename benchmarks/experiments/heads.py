@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -68,6 +69,11 @@ class Variant:
     def name(self) -> str:
         """As in the plot."""
         return f"{self.features}, triplet {self.triplet}"
+
+    @property
+    def trunk(self) -> Trunk:
+        """What the trainer and its cache call it: log-mel is what a trunk would be trained on."""
+        return "frozen" if self.features == "trunk" else "trained"
 
 
 VARIANTS: Final = (
@@ -133,18 +139,18 @@ def trained_trunk(work: Path, corpus: Corpus) -> AESANet:
     return load_checkpoint(result.checkpoint)
 
 
-def new_head(variant: Variant, seed: int, trunk: AESANet) -> tuple[AESANet, Trunk]:
+def new_head(variant: Variant, seed: int, trunk: AESANet) -> AESANet:
     """A network with a random head of the default sizes, on the trunk of `trunk` or on the filterbank itself."""
     torch.manual_seed(seed)
     if variant.features == "trunk":
         model = AESANet(trunk.config)
         model.encoder.beats.load_state_dict(trunk.encoder.beats.state_dict())
-        return model, "frozen"
+        return model
     # Only its width counts: the trunk is thrown away.
     beats = BEATsConfig(encoder_embed_dim=FRAMES_PER_TOKEN * MEL_BINS, encoder_layers=1, encoder_attention_heads=1)
     model = AESANet(AESANetConfig(beats=beats, window=HEAD_CONFIG.window, weights="demo"))
     model.encoder = LogMel()  # type: ignore[assignment]
-    return model, "trained"
+    return model
 
 
 def head_rows(work: Path) -> Iterator[dict[str, Any]]:
@@ -152,18 +158,18 @@ def head_rows(work: Path) -> Iterator[dict[str, Any]]:
     everything = Corpus.of(work)
     trunk, corpus = trained_trunk(work, everything), everything.for_training(of_heads=True)
     for variant in VARIANTS:
+        data = {
+            split: corpus.data(trunk, variant.trunk, split, work / "features")
+            for split in ("train", "validation", *NATURES)
+        }
         for seed in SEEDS:
-            model, kind = new_head(variant, seed, trunk)
-            training, validation = (
-                corpus.data(model, kind, split, work / "features") for split in ("train", "validation")
-            )
+            model = new_head(variant, seed, trunk)
             out = work / "experiments" / f"{variant.features}-{variant.triplet}-{seed}"
             config = msgspec.structs.replace(HEAD_CONFIG, seed=seed, triplet=variant.triplet)
-            result = train(model, kind, training, validation, config, out)
+            result = train(model, variant.trunk, data["train"], data["validation"], config, out)
             model.load_state_dict(load_file(result.checkpoint))
             for split, nature in NATURES.items():
-                data = corpus.data(model, kind, split, work / "features")
-                yield from _axis_rows(Learner(model, kind, bf16=False), data, variant, seed, nature)
+                yield from _axis_rows(Learner(model, variant.trunk, bf16=False), data[split], variant, seed, nature)
             click.echo(f"{variant.name}, seed {seed}: best validation MSE {result.best_mse:.3f}", err=True)
 
 
@@ -179,10 +185,14 @@ def _axis_rows(learner: Learner, data: Data, variant: Variant, seed: int, nature
             "tested_on": nature,
             "axis": name,
             "clips": int(known.sum()),
-            "srcc": round(metrics.srcc or 0.0, 4),
-            "ktau": round(metrics.ktau or 0.0, 4),
-            "mse": round(metrics.mse, 4),
+            "srcc": _rounded(metrics.srcc),
+            "ktau": _rounded(metrics.ktau),
+            "mse": _rounded(metrics.mse),
         }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def plot_heads(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -193,18 +203,21 @@ def plot_heads(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for panel, nature in zip(row_of_panels, NATURES.values(), strict=True):
             for number, variant in enumerate(VARIANTS):
                 for axis, name in enumerate(AXES):
+                    this = (variant.features, variant.triplet, nature, name)
                     values = [
-                        float(row[metric])
+                        row[metric]
                         for row in rows
-                        if (row["features"], row["triplet"]) == (variant.features, variant.triplet)
-                        and (row["tested_on"], row["axis"]) == (nature, name)
+                        if (row["features"], row["triplet"], row["tested_on"], row["axis"]) == this
+                        and row[metric] is not None
                     ]
+                    if not values:
+                        continue
                     place = axis + 0.2 * (number - 1.5)
-                    label = variant.name if not axis else None
-                    panel.bar(place, np.mean(values), 0.18, color=f"C{number}", alpha=0.6, label=label)
+                    panel.bar(place, np.mean(values), 0.18, color=f"C{number}", alpha=0.6)
                     panel.plot([place] * len(values), values, ".", color="black", markersize=4)
             panel.set(title=f"{metric.upper()}, tested on {nature} audio")
             panel.set_xticks(range(len(AXES)), AXES)
             panel.grid(axis="y", alpha=0.3)
-    panels[0, 0].legend(fontsize="small")
+    patches = [Patch(color=f"C{number}", alpha=0.6, label=variant.name) for number, variant in enumerate(VARIANTS)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(VARIANTS))
     figure.savefig(path)

@@ -1,0 +1,95 @@
+"""The paper's experiments, small: every variant is trained and tested, and nothing leaks from trunk to heads."""
+
+import csv
+
+import msgspec
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+
+from aesanet.axes import AXES
+from aesanet.benchmarks.experiments import heads
+from aesanet.benchmarks.experiments.languages import plot_languages
+from aesanet.lengths import num_frames, num_tokens
+from aesanet.training.demo import train as demo
+from aesanet.training.demo.label import Label
+from aesanet.training.demo.plan import DemoClip
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Noise from faint to loud in all splits; CE is the loudness, CU and PC are the same for all."""
+    rng = np.random.default_rng(1)
+    clips, labels = [], []
+    for split in ("train", "validation", "test", "synthetic"):
+        for index in range(36):
+            name, level = f"{split}-{index}", (index * 7 % 36) / 35
+            wave = 0.2 * 10 ** (-3 * (1 - level)) * rng.standard_normal(4800 + 100 * index)
+            soundfile.write(tmp_path / f"{name}.flac", wave, 16_000)
+            clips.append(DemoClip(id=name, split=split, kind="speech", references=(f"{split}-{index // 2}",)))
+            labels.append(Label(id=name, CE=1 + 8 * level, CU=5.0, PC=1.0, PQ=9 - 8 * level))
+    return heads.Corpus(tmp_path, clips, labels)
+
+
+@pytest.fixture
+def small(corpus, monkeypatch):
+    beats = msgspec.structs.replace(demo.BEATS, encoder_layers=1, encoder_embed_dim=32, encoder_ffn_embed_dim=32)
+    monkeypatch.setattr(heads.Corpus, "of", classmethod(lambda cls, work: corpus))
+    monkeypatch.setattr(heads, "SEEDS", (0, 1))
+    for name in ("TRUNK_CONFIG", "HEAD_CONFIG"):
+        config = msgspec.structs.replace(getattr(heads, name), epochs=3, batch_size=4, precision="fp32")
+        monkeypatch.setattr(heads, name, config)
+    new_model = demo.new_model
+    monkeypatch.setattr(demo, "new_model", lambda: new_model(beats))
+
+
+def test_trunk_and_heads_share_no_reference(corpus):
+    trunk, head = (corpus.for_training(of_heads=of_heads) for of_heads in (False, True))
+    sides = [{c.references[0] for c in side.clips if c.split == "train"} for side in (trunk, head)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[0]) == 2 * len(sides[1]) == 12
+    assert [c for c in trunk.clips if c.split == "test"] == [c for c in corpus.clips if c.split == "test"]
+    assert [one.id for one in head.labels] == [clip.id for clip in head.clips]
+
+
+def test_log_mel_has_a_token_where_beats_has_one():
+    fbank = torch.arange(num_frames(9_000) * 128.0).view(1, -1, 128)
+    tokens = heads.LogMel()(fbank, torch.tensor([0]))
+    assert tokens.shape == (1, num_tokens(9_000), 256)
+    assert torch.equal(tokens[0, 3], fbank[0, 6:8].flatten())
+
+
+@pytest.mark.slow
+def test_every_variant_is_trained_and_tested(small, tmp_path):
+    rows = list(heads.head_rows(tmp_path / "work"))
+    keys = [(row["features"], row["triplet"], row["seed"], row["tested_on"], row["axis"]) for row in rows]
+    assert len(set(keys)) == len(keys) == len(heads.VARIANTS) * 2 * 2 * 4
+    assert all(row["clips"] == 36 and row["mse"] > 0 for row in rows)
+    assert all(row["srcc"] is row["ktau"] is None for row in rows if row["axis"] in ("PC", "CU"))
+    known = [row for row in rows if row["axis"] in ("CE", "PQ")]
+    assert all(-1 <= row[metric] <= 1 for row in known for metric in ("srcc", "ktau"))
+    assert len({row["mse"] for row in known}) == len(known)
+    heads.plot_heads(rows, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count("triplet hardest") == 1
+
+
+def rows_of(name):
+    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_committed_experiments_are_whole():
+    rows = rows_of("experiments")
+    keys = {(row["features"], row["triplet"], row["seed"], row["tested_on"], row["axis"]) for row in rows}
+    assert len(keys) == len(rows) == len(heads.VARIANTS) * len(heads.SEEDS) * len(heads.NATURES) * len(AXES)
+    assert all(row["processor"] and row["torch"] for row in rows)
+
+
+def test_the_committed_languages_can_be_drawn(tmp_path):
+    rows = rows_of("languages")
+    assert len({row["language"] for row in rows}) >= 14
+    numbers = [{key: float(value) if "_" in key else value for key, value in row.items()} for row in rows]
+    plot_languages(numbers, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 10_000
