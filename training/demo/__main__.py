@@ -6,12 +6,11 @@ python -m aesanet.training.demo label --work DIR      # the labels anew
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
-import numpy as np
 import torch
 
 from aesanet.machine import processor_name, usable_cores
@@ -75,16 +74,9 @@ def evaluate(work: Path, checkpoint: Path, out: Path) -> None:
     audio = rendered(work, ("train", "test", "synthetic"))
     clips, labels = read_table(LABELS_FILE, DemoClip), read_table(LABELS_FILE, Label)
     held_out = [clip.id for clip in clips if clip.split in ("test", "synthetic")]
-    scorers: dict[str, Mapping[str, np.ndarray]] = {
-        "model": model_scores(load_checkpoint(checkpoint), audio, held_out),
-        "baseline": baseline_scores(audio, clips, labels),
-    }
-    rows = [
-        row
-        for scorer, scores in scorers.items()
-        for split in ("test", "synthetic")
-        for row in ladder_rows(scorer, split, clips, labels, scores)
-    ]
+    model = model_scores(load_checkpoint(checkpoint), audio, held_out)
+    baseline = baseline_scores(audio, clips, labels)
+    rows = [row for split in ("test", "synthetic") for row in ladder_rows(split, clips, labels, model, baseline)]
     write_results(rows, out)
 
 
@@ -95,12 +87,10 @@ def write_results(rows: Sequence[LadderRow], out: Path) -> None:
         writer = csv.DictWriter(file, [*LadderRow.__struct_fields__, *where], lineterminator="\n")
         writer.writeheader()
         writer.writerows(msgspec.structs.asdict(row) | where for row in rows)
-    baseline = {(row.split, row.what): row.value for row in rows if row.scorer == "baseline"}
-    click.echo(f"{'split':10}{'what':62}{'count':>6}{'model':>8}{'baseline':>10}")
+    click.echo(f"{'split':10}{'what':62}{'count':>6}{'model':>8}{'baseline':>10}  95 % of the difference")
     for row in rows:
-        if row.scorer == "model":
-            base = baseline[row.split, row.what]
-            click.echo(f"{row.split:10}{row.what:62}{row.count:6}{row.value:8.3f}{base:10.3f}")
+        interval = "" if row.above_low is None else f"{row.above_low:8.3f} {row.above_high:6.3f}"
+        click.echo(f"{row.split:10}{row.what:62}{row.count:6}{row.model:8.3f}{row.baseline:10.3f}{interval}")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def bits(x: np.ndarray, level: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(np.round(x / step) * step)
 
 
-TRAINED: Final[dict[str, Degradation]] = {d.__name__: d for d in (noise, background, clip, lowpass, mp3, opus, loss)}
-HELD_OUT: Final[dict[str, Degradation]] = {d.__name__: d for d in (reverb, bits)}
+TRAINED: Final[dict[str, Degradation]] = {d.__name__: d for d in (noise, background, clip, lowpass, mp3, opus, reverb)}
+HELD_OUT: Final[dict[str, Degradation]] = {d.__name__: d for d in (loss, bits)}
 """Types that no training clip has: what the checkpoint makes of damage that it was never shown."""
 
 DEGRADATIONS: Final = TRAINED | HELD_OUT

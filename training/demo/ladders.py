@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -10,71 +11,94 @@ from aesanet.axes import AXES
 from aesanet.metrics import rank_metrics
 from aesanet.training.demo.degrade import HELD_OUT, TRAINED
 from aesanet.training.demo.label import Label
-from aesanet.training.demo.plan import DemoClip
+from aesanet.training.demo.plan import SEED, DemoClip
 
 PC, PQ = AXES.index("PC"), AXES.index("PQ")
+RESAMPLES: Final = 10_000
+
+Scores = Mapping[str, np.ndarray]
+"""float [4] by clip id, order CE, CU, PC, PQ."""
 
 
 class LadderRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the demo's table: `scorer` is `model` or `baseline`, `value` a rank correlation."""
+    """One line of the demo's table: rank correlations of `count` ladders, or of `count` clips with their labels.
 
-    scorer: str
+    `above_low` and `above_high` bound 95 % of how far the model is above the baseline, by a bootstrap over ladders.
+    """
+
     split: str
     what: str
     count: int
-    value: float
+    model: float
+    baseline: float
+    above_low: float | None = None
+    above_high: float | None = None
 
 
 def ladder_rows(
-    scorer: str, split: str, clips: Sequence[DemoClip], labels: Sequence[Label], scores: Mapping[str, np.ndarray]
+    split: str, clips: Sequence[DemoClip], labels: Sequence[Label], model: Scores, baseline: Scores
 ) -> list[LadderRow]:
-    """All lines of one scorer on the clips of one split.
-
-    scores : float [4] by clip id, order CE, CU, PC, PQ
-    """
+    """All lines of one split."""
     chosen = [(clip, label) for clip, label in zip(clips, labels, strict=True) if clip.split == split]
     ladders: dict[str, list[DemoClip]] = defaultdict(list)
     for clip, _ in chosen:
         if clip.ladder:
             ladders[clip.ladder].append(clip)
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for steps in ladders.values():
-        first = steps[0]
-        if first.kind == "mix":
-            predicted = [float(scores[clip.id][PC]) for clip in steps]
-            made_by = "instruments of one piece" if "midi" in first.ladder else "voices and effects"
-            found[f"PC against 1-5 layers, {made_by}"].append(_spearman([c.layers for c in steps], predicted))
-            continue
-        predicted = [float(scores[name][PQ]) for name in (first.references[0], *(clip.id for clip in steps))]
-        rank = _spearman([0, *(-clip.level for clip in steps)], predicted)
-        if first.degradation in TRAINED:
-            found[f"PQ against severity, {first.kind}"].append(rank)
-            found[f"PQ against severity, {first.degradation}"].append(rank)
-        elif first.degradation in HELD_OUT:
-            found[f"PQ against severity of damage never trained on, {first.degradation}"].append(rank)
-    rows = [
-        LadderRow(scorer=scorer, split=split, what=what, count=len(ranks), value=round(float(np.mean(ranks)), 4))
-        for what, ranks in sorted(found.items())
-    ]
+        pair = _ladder_rank(steps, model), _ladder_rank(steps, baseline)
+        for what in _lines_of(steps[0]):
+            found[what].append(pair)
+    rows = [_ladder_row(split, what, np.array(found[what])) for what in sorted(found)]
     for axis, name in enumerate(AXES):
-        known = [
-            (getattr(label, name), scores[clip.id][axis]) for clip, label in chosen if getattr(label, name) is not None
-        ]
-        metrics = rank_metrics(*np.array(known, np.float64).T)
+        known = [(clip.id, getattr(label, name)) for clip, label in chosen if getattr(label, name) is not None]
+        true = np.array([value for _, value in known], np.float64)
+        of_model, of_baseline = (
+            rank_metrics(true, np.array([scores[name][axis] for name, _ in known], np.float64))
+            for scores in (model, baseline)
+        )
         for metric in ("srcc", "ktau"):
-            value = getattr(metrics, metric)
-            rows.append(
-                LadderRow(
-                    scorer=scorer,
-                    split=split,
-                    what=f"{metric.upper()} with labels, {name}",
-                    count=len(known),
-                    value=round(value or 0.0, 4),
-                )
-            )
+            pair = tuple(round(getattr(one, metric) or 0.0, 4) for one in (of_model, of_baseline))
+            what = f"{metric.upper()} with labels, {name}"
+            rows.append(LadderRow(split=split, what=what, count=len(known), model=pair[0], baseline=pair[1]))
     return rows
 
 
-def _spearman(true: Sequence[int], predicted: Sequence[float]) -> float:
-    """0 where the scores do not differ."""
+def _lines_of(first: DemoClip) -> list[str]:
+    """Which lines of the table a ladder counts in, by its first step."""
+    if first.kind == "mix":
+        made_of = "instruments of one piece" if "midi" in str(first.ladder) else "voices and effects"
+        return [f"PC against 1-5 layers, {made_of}"]
+    if first.degradation in TRAINED:
+        return [f"PQ against severity, {what}" for what in (first.kind, first.degradation)]
+    if first.degradation in HELD_OUT:
+        return [f"PQ against severity of damage never trained on, {first.degradation}"]
+    return []
+
+
+def _ladder_rank(steps: Sequence[DemoClip], scores: Scores) -> float:
+    """Spearman of one ladder, 0 where the scores do not differ; of damage, the undamaged reference is a step too."""
+    if steps[0].kind == "mix":
+        true, predicted = [clip.layers for clip in steps], [scores[clip.id][PC] for clip in steps]
+    else:
+        names = (steps[0].references[0], *(clip.id for clip in steps))
+        true, predicted = [0, *(-clip.level for clip in steps)], [scores[name][PQ] for name in names]
     return rank_metrics(np.array(true, np.float64), np.array(predicted, np.float64)).srcc or 0.0
+
+
+def _ladder_row(split: str, what: str, ranks: np.ndarray) -> LadderRow:
+    """ranks : float [ladders, 2], of the model and of the baseline."""
+    draws = np.random.default_rng([SEED, 5]).integers(len(ranks), size=(RESAMPLES, len(ranks)))
+    above = (ranks[:, 0] - ranks[:, 1])[draws].mean(axis=1)
+    model, baseline, low, high = (
+        round(float(value), 4) for value in (*ranks.mean(axis=0), *np.quantile(above, (0.025, 0.975)))
+    )
+    return LadderRow(
+        split=split,
+        what=what,
+        count=len(ranks),
+        model=model,
+        baseline=baseline,
+        above_low=low,
+        above_high=high,
+    )

@@ -63,20 +63,20 @@ class Counts(msgspec.Struct, frozen=True):
 
 COUNTS: Final[dict[Split, Counts]] = {
     "train": Counts(
-        speech=240,
-        music=240,
-        effect=80,
+        speech=200,
+        music=200,
+        effect=70,
         types=2,
         held_out_types=0,
-        voices=500,
-        sounds=200,
-        layer_ladders=650,
+        voices=700,
+        sounds=250,
+        layer_ladders=950,
         speeds=(0.85, 1.18),
     ),
     "validation": Counts(
         speech=24, music=24, effect=10, types=1, held_out_types=0, voices=40, sounds=20, layer_ladders=40
     ),
-    "test": Counts(speech=40, music=40, effect=20, types=2, held_out_types=1, voices=60, sounds=40, layer_ladders=80),
+    "test": Counts(speech=40, music=40, effect=20, types=2, held_out_types=1, voices=80, sounds=50, layer_ladders=120),
 }
 
 

@@ -91,6 +91,8 @@ def fetch(folder: Path) -> dict[str, str]:
     for name in (*(package.name for package in PACKAGES), *MUSIC_BOX):
         marker = folder / name / ".version"
         if not marker.is_file():
+            for left in folder.glob(f"{name}_*.deb*"):
+                left.unlink()  # of a download that was cut off
             run("apt-get", "download", name, cwd=folder)
             (archive,) = folder.glob(f"{name}_*.deb")
             run("dpkg-deb", "-x", archive.name, name, cwd=folder)
