@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import torch
 
-from aesanet.benchmarks.experiments.heads import head_rows, plot_heads
-from aesanet.benchmarks.experiments.languages import language_rows, plot_languages
+from aesanet.benchmarks.experiments.heads import head_rows, head_table, plot_heads
+from aesanet.benchmarks.experiments.languages import language_rows, language_table, plot_languages
 from aesanet.benchmarks.tables import provenance, write_rows
 from aesanet.machine import usable_cores
 from aesanet.training.demo import sources, synthetic
@@ -39,6 +39,7 @@ def heads(work: Path, out: Path) -> None:
     rows = [row | provenance() for row in head_rows(work)]
     write_rows(out / "experiments.csv", rows)
     plot_heads(rows, out / "experiments.svg")
+    click.echo(head_table(rows))
 
 
 @experiments.command()
@@ -50,6 +51,7 @@ def languages(work: Path, out: Path) -> None:
     rows = [row | provenance() for row in language_rows(work)]
     write_rows(out / "languages.csv", rows)
     plot_languages(rows, out / "languages.svg")
+    click.echo(language_table(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ No language should be better than another. What differs is the recordings: each 
 microphones and codecs, and so the table also gives their bandwidth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,7 +54,20 @@ def language_rows(work: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def plot_languages(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def language_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, a line a language and split: means and deviations over clips."""
+    lines = [
+        f"| language | packages of | clips | bandwidth, kHz | {' | '.join(AXES)} |",
+        "|---|---|--:|--:|" + "--:|" * len(AXES),
+    ]
+    for row in rows:
+        cells = [f"{float(row[f'{axis}_mean']):.2f} ± {float(row[f'{axis}_deviation']):.2f}" for axis in AXES]
+        head = (row["language"], row["split"], str(row["clips"]), f"{float(row['bandwidth_khz']):.1f}")
+        lines.append(f"| {' | '.join((*head, *cells))} |")
+    return "\n".join(lines)
+
+
+def plot_languages(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """PQ of each language against the bandwidth of its recordings."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
