@@ -19,7 +19,7 @@ from aesanet.training.demo import sources, synthetic
 from aesanet.training.demo.baseline import baseline_scores
 from aesanet.training.demo.corpus import packages_folder, rendered
 from aesanet.training.demo.label import Label, label, measure
-from aesanet.training.demo.ladders import LadderRow, ladder_rows
+from aesanet.training.demo.ladders import LadderRow, ladder_rows, ladder_table
 from aesanet.training.demo.plan import DemoClip, plan
 from aesanet.training.demo.tables import LABELS_FILE, REFERENCES_FILE, read_table, write_table
 from aesanet.training.demo.train import CHECKPOINT, model_scores, train_demo
@@ -87,10 +87,7 @@ def write_results(rows: Sequence[LadderRow], out: Path) -> None:
         writer = csv.DictWriter(file, [*LadderRow.__struct_fields__, *where], lineterminator="\n")
         writer.writeheader()
         writer.writerows(msgspec.structs.asdict(row) | where for row in rows)
-    click.echo(f"{'split':10}{'what':62}{'count':>6}{'model':>8}{'baseline':>10}  95 % of the difference")
-    for row in rows:
-        interval = "" if row.above_low is None else f"{row.above_low:8.3f} {row.above_high:6.3f}"
-        click.echo(f"{row.split:10}{row.what:62}{row.count:6}{row.model:8.3f}{row.baseline:10.3f}{interval}")
+    click.echo(ladder_table(rows))
 
 
 if __name__ == "__main__":

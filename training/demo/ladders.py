@@ -64,6 +64,20 @@ def ladder_rows(
     return rows
 
 
+def ladder_table(rows: Sequence[LadderRow]) -> str:
+    """Markdown, padded so that it can be read in a terminal."""
+    lines = [
+        f"| split     | {'what':57} | count | model | baseline | model above baseline, 95 % |",
+        f"|-----------|{'-' * 59}|------:|------:|---------:|---------------------------:|",
+    ]
+    for row in rows:
+        above = "" if row.above_low is None else f"{row.above_low:.3f} to {row.above_high:.3f}"
+        lines.append(
+            f"| {row.split:9} | {row.what:57} | {row.count:5} | {row.model:5.3f} | {row.baseline:8.3f} | {above:>26} |"
+        )
+    return "\n".join(lines)
+
+
 def _lines_of(first: DemoClip) -> list[str]:
     """Which lines of the table a ladder counts in, by its first step."""
     if first.kind == "mix":
