@@ -1,10 +1,11 @@
 """`aesanet train`: labelled audio in, a checkpoint and the account of how it came to be out."""
 
+import dataclasses
+import json
 import shlex
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from aesanet.errors import InputError
 if TYPE_CHECKING:
     from aesanet.models.aesanet import AESANet
     from aesanet.training.config import TrainingConfig
-    from aesanet.training.dataset import FoundClip
+    from aesanet.training.dataset import FoundClip, MissingClip
     from aesanet.training.labels import LabelledClip
     from aesanet.training.processes import Processes
     from aesanet.training.progress import Progress
@@ -100,7 +101,7 @@ def train(
     with extra("train"):
         from aesanet.hashing import file_sha256
         from aesanet.training.cache import cache_bytes, cached_data
-        from aesanet.training.dataset import Trunk
+        from aesanet.training.dataset import Trunk, check_missing, find_audio
         from aesanet.training.processes import own_device, started_processes
         from aesanet.training.trainer import train as train_model
 
@@ -115,9 +116,17 @@ def train(
         model = _new_model(beats, config).to(device)
         beats_sha256 = None if unfreeze else file_sha256(beats)
         sides = []
+        missing: list[MissingClip] = []
         for name, clips in (("training", training_labels), ("validation", validation_labels)):
             with processes.first_alone():
-                sides.append(_find(name, clips, audio_root, cache, allow_missing, progress))
+                found, without = find_audio(clips, audio_root, cache, progress)
+            _tell_found(name, found, without, progress)
+            sides.append(found)
+            missing += without
+        if processes.rank == 0:
+            _write_missing(missing, out, progress)
+        if not allow_missing or not all(sides):
+            check_missing(missing, len(training_labels) + len(validation_labels))
         _tell_leak(sides[0], sides[1], progress)
         trunk: Trunk = "trained" if unfreeze else "frozen"
         size = cache_bytes([clip for side in sides for clip in side], trunk, model.config.beats, config.window)
@@ -164,10 +173,10 @@ def _labels(
     if not validation:
         return split_clips(clips, share)
     aside = read_labels(validation)
-    ids = {clip.id for clip in clips}
-    if both := [clip.id for clip in aside if clip.id in ids]:
+    names = {name for clip in clips for name in (clip.id, clip.path)}
+    if both := [clip.id for clip in aside if clip.id in names or (clip.path and clip.path in names)]:
         raise InputError(
-            f"{len(both)} clips are in --labels and in --validation: {', '.join(both[:5])}; "
+            f"{len(both)} clips are in --labels and in --validation: {_some(both)}; "
             "a clip that was trained on validates nothing, so leave it in one"
         )
     return clips, aside
@@ -188,29 +197,39 @@ def _new_model(beats: Path, config: "TrainingConfig") -> "AESANet":
     return model
 
 
-def _find(
-    name: str, clips: "list[LabelledClip]", root: Path, cache: Path, allow_missing: bool, progress: "Progress"
-) -> "list[FoundClip]":
+def _tell_found(
+    name: str, found: "Sequence[FoundClip]", missing: "Sequence[MissingClip]", progress: "Progress"
+) -> None:
     from aesanet.lengths import SAMPLE_RATE
-    from aesanet.training.dataset import check_missing, find_audio
+    from aesanet.training.dataset import counted
 
-    found, missing = find_audio(clips, root, cache, progress)
-    if not allow_missing or not found:
-        check_missing(missing, len(clips))
     hours = sum(clip.num_samples for clip in found) / SAMPLE_RATE / 3600
-    counts = Counter(clip.code for clip in missing)
-    codes = ", ".join(f"{counts[code]} {code}" for code in sorted(counts))
-    without = f"{len(missing)} without audio{f' ({codes})' if codes else ''}"
+    without = f"{len(missing)} without audio{f' ({counted(missing)})' if missing else ''}"
     progress.note(f"{name}: {len(found)} clips, {hours:.2f} h of audio; {without}")
-    return found
 
 
-def _tell_leak(training: "list[FoundClip]", validation: "list[FoundClip]", progress: "Progress") -> None:
+def _write_missing(missing: "Sequence[MissingClip]", out: Path, progress: "Progress") -> None:
+    """missing.jsonl: a line for each clip that is left out, or no such file."""
+    file = out / "missing.jsonl"
+    file.unlink(missing_ok=True)
+    if missing:
+        file.write_text("".join(json.dumps(dataclasses.asdict(clip)) + "\n" for clip in missing))
+        progress.note(f"{file}: names the clips without audio")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _tell_leak(training: "Sequence[FoundClip]", validation: "Sequence[FoundClip]", progress: "Progress") -> None:
+    systems = [{clip.label.system for clip in side if clip.label.system} for side in (training, validation)]
+    if shared := sorted(systems[0] & systems[1]):
+        progress.note(f"warning: {len(shared)} systems are in training and in validation: {_some(shared)}")
     known = {clip.sha256 for clip in training}
     if same := [clip.label.id for clip in validation if clip.sha256 in known]:
         progress.note(
             f"warning: {len(same)} validation clips hold the same audio as training clips, which makes the validation "
-            f"MSE look better than it is: {', '.join(same[:5])}"
+            f"MSE look better than it is: {_some(same)}"
         )
 
 
@@ -263,7 +282,8 @@ def _interrupts(processes: "Processes", progress: "Progress") -> Iterator[Callab
         if pressed and processes.size == 1:
             raise KeyboardInterrupt
         if not pressed:
-            progress.note("finishing the step in hand; Ctrl-C once more stops at once")
+            once_more = "; Ctrl-C once more stops at once" if processes.size == 1 else ""
+            progress.note(f"finishing the step in hand{once_more}")
         pressed = True
 
     before = {kind: signal.signal(kind, press) for kind in (signal.SIGINT, signal.SIGTERM)}

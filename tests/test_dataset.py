@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import random_model, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from aesanet.errors import ClipError, InputError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy, num_tokens
@@ -57,12 +59,24 @@ def test_missing_audio_is_counted_and_named(root, tmp_path):
     for _ in range(2):  # the second time with what is remembered
         clips, missing = find_audio([clip(name) for name in names], root, tmp_path / "cache", SILENT)
         assert [one.label.path for one in clips] == ["a.wav", "b.wav"]
-        codes = ["not_found", "undecodable", "too_short", "not_a_file", "bad_row", "bad_row"]
+        codes = ["not_found", "undecodable", "too_short", "not_a_file", "not_found", "bad_row"]
         assert [one.code for one in missing] == codes
     message = r"^6 of 8 labelled clips .* gone\.wav \(not_found: .*; \.\.\.; check --audio-root, .*--allow-missing"
     with pytest.raises(InputError, match=message):
         check_missing(missing, len(names))
     check_missing([], 2)
+
+
+def test_a_label_with_an_id_alone_finds_its_file(root, tmp_path):
+    """As AudioMOS names the clips of its evaluation."""
+    names = ("sys1-utt1", "sys1-utt2", "sys1-utt3", "sys1-utt4")
+    for name, suffix in zip(names, (".wav", ".flac", ".mp3", ".txt"), strict=True):
+        file = root / f"{name}{suffix}"
+        soundfile.write(file, np.zeros(8000, np.float32), SAMPLE_RATE, format="WAV" if suffix == ".txt" else None)
+    clips = [LabelledClip(name, None, None, (5.0, 5.0, 5.0, 5.0), None) for name in names]
+    found, missing = find_audio(clips, root, tmp_path / "cache", SILENT)
+    assert [Path(one.file).name for one in found] == ["sys1-utt1.wav", "sys1-utt2.flac", "sys1-utt3.mp3"]
+    assert [(one.id, one.code) for one in missing] == [("sys1-utt4", "not_found")]
 
 
 def test_lengths_are_remembered_and_survive_a_torn_line(root, tmp_path, monkeypatch):
@@ -236,6 +250,14 @@ def test_an_epoch_takes_one_window_of_every_clip(many):
         assert padding < 0.1
         assert lengths != sorted(lengths, key=max)  # the short ones do not all come first
     assert taken[0] != taken[1]
+
+
+def test_a_window_is_drawn_as_often_as_it_is_long(found, tiny_model, tmp_path):
+    (long,) = [one for one in found if one.label.path == "long.wav"]  # 0.5, 0.5, 0.5 and 0.4 s
+    data = cached_data(tiny_model, "trained", [long], HALF_SECOND, tmp_path / "cache", SILENT)
+    taken = [training_batches(data, 1, seed=0, epoch=epoch)[0][0][1] for epoch in range(1900)]
+    _, counts = np.unique(taken, return_counts=True)
+    assert stats.chisquare(counts, [500, 500, 500, 400]).pvalue > 1e-3
 
 
 def test_validation_takes_every_window(many):

@@ -113,7 +113,9 @@ def test_means_and_deviations_are_the_documented_ones(name, rows, means, deviati
 def test_all_seven_public_files_are_read_together():
     names = [*LABELS.glob("*.csv"), *LABELS.glob("*.jsonl")]
     clips = read_labels(sorted(names))
-    assert len(clips) == 2700 + 250 + 3060 + 950 + 3 * 1000
+    assert len(clips) == 3060 + 950 + 3 * 1000  # AudioMOS' 2,950 for training and validation are among the others
+    assert all(clip.ratings is not None for clip in clips)
+    assert sum("track2" in clip.id for clip in read_labels(sorted(names, reverse=True))) == 2950 + 3060
     track2 = [clip for clip in clips if clip.path is None]
     assert len(track2) == 3060
     systems = [clip.system for clip in track2]
@@ -165,6 +167,25 @@ def test_a_clip_may_stand_twice_if_it_says_the_same(write):
     for other in (PAM.replace("8.0", "9.0"), PAM.replace("[1.0, 4.0, 4.0, 5.0, 4.0, 0.0, 2.0, 2.0, 0.0, 5.0]", "null")):
         with pytest.raises(InputError, match=r"two.jsonl: line 1: .*index_1.wav stands at .*one.jsonl: line 1 too"):
             read_labels([first, write("two.jsonl", other)])
+
+
+def test_a_clip_with_an_id_is_the_clip_with_its_path(write):
+    """As a clip of AudioMOS stands in the files of audiobox-aesthetics too."""
+    ratings = '{"path": "/your_path/d/a.wav", "PQ": [1, 2, 4], "CE": [3, 3, 3]}\n'
+    for rounded in ("2.333", "2.3333333333"):
+        means = f"sample_id,data_path,PQ,CE,system\nthe-id,/your_path/d/a.wav,{rounded},3,s\nother,b.wav,1,1,s\n"
+        names = write("ratings.jsonl", ratings), write("means.csv", means)
+        for order in (names, names[::-1]):
+            clips = {clip.path: clip for clip in read_labels(order)}
+            assert clips.keys() == {"d/a.wav", "b.wav"}
+            both = clips["d/a.wav"]
+            assert both.id == ("/your_path/d/a.wav" if order == names else "the-id")
+            assert both.system == "s"
+            assert both.scores[3] == pytest.approx(7 / 3)
+            np.testing.assert_array_equal(both.ratings[[0, 3]], [[3, 3, 3], [1, 2, 4]])
+    for wrong in ("the-id,/your_path/d/a.wav,2.4,3,s", "the-id,/your_path/d/a.wav,2.333,,s"):
+        with pytest.raises(InputError, match=r"means.csv: line 2: the-id stands at .*ratings.jsonl: line 1 too"):
+            read_labels([names[0], write("means.csv", f"sample_id,data_path,PQ,CE,system\n{wrong}\n")])
 
 
 @pytest.mark.parametrize(

@@ -335,14 +335,15 @@ def test_learning_rates():
     [("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("max_seconds", 0.1), ("seed", -1)],
 )
 def test_settings_out_of_range_are_refused(field, value):
-    name = "window_seconds" if field == "max_seconds" else field
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
         TrainingConfig(**{field: value})
 
 
 def test_a_loss_that_is_no_number_ends_the_run(clips, folder, tmp_path):
     with pytest.raises(TrainingError, match=r"^step \d+ of epoch 1: the loss is .*try a lower learning rate"):
         run(folder, clips, tmp_path, config=changed(learning_rate=1e30))
+    with pytest.raises(TrainingError, match=r"^epoch 1: the weights that its last step left"):
+        run(folder, clips, tmp_path / "one step", config=changed(learning_rate=1e30, batch_size=28))
 
 
 # Stopping and going on
@@ -356,6 +357,23 @@ def test_a_run_that_is_stopped_goes_on_exactly(trunk, clips, folder, tmp_path):
         steps = count(1)
         result = run(folder, clips, tmp_path / "parts", trunk=trunk, config=config, stop=lambda s=steps: next(s) == 3)
         assert result.finished == (start == 4)
+    same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epochs_in_all", [1, 2])
+def test_killed_before_the_best_is_written_it_goes_on_with_it(epochs_in_all, clips, folder, tmp_path, monkeypatch):
+    config = changed(epochs=epochs_in_all)
+    run(folder, clips, tmp_path / "whole", config=config)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("aesanet.training.trainer.save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, clips, tmp_path / "parts", config=config)
+    assert not (tmp_path / "parts" / "best.safetensors").exists()
+    assert run(folder, clips, tmp_path / "parts", config=config).finished
     same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -563,7 +581,7 @@ def test_the_command_trains_the_trunk_too(command, folder, tmp_path):
     more = ("--audio-root", tmp_path / "audio", "--validation", tmp_path / "more.csv", "--out", tmp_path / "out")
     refused = in_process(command, *more)
     assert isinstance(refused.exception, InputError)
-    assert "1 of 2 labelled clips have no usable audio: gone.wav" in str(refused.exception)
+    assert "1 of 38 labelled clips have no usable audio (1 not_found): gone.wav" in str(refused.exception)
     choices = "--unfreeze --allow-missing --epochs 1 --triplet hardest --triplet-axis PQ --frame-weight 0".split()
     done = in_process(command, *more, *choices)
     assert done.exit_code == 0, done.output
@@ -591,13 +609,23 @@ def test_missing_audio_is_one_line_and_status_2(command, folder, tmp_path, capsy
         main(list(map(str, arguments)))
     assert ended.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "labelled clips have no usable audio: gone.wav (not_found: no such file" in told
+    assert "labelled clips have no usable audio (1 not_found): gone.wav (not_found: no such file" in told
     assert told.endswith("check --audio-root, or give --allow-missing to train without them")
+    (line,) = (tmp_path / "out" / "missing.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "gone.wav"
+    whole = [*command[:3], *arguments, "--epochs", "1"]
+    assert in_process(whole, "--allow-missing").exit_code == 0
+    assert (tmp_path / "out" / "missing.jsonl").read_text().count("\n") == 1
+    labels = tmp_path / "labels.csv"
+    labels.write_text(labels.read_text().replace("gone.wav,1\n", ""))
+    shutil.rmtree(tmp_path / "out")
+    assert in_process(whole).exit_code == 0
+    assert not (tmp_path / "out" / "missing.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("largest", "minutes", "file"),
-    [(200, 10, "lengths.jsonl"), (5_000, 10, ".npy"), (20_000, 10, "best.safetensors"), (20_000, 1e-9, "state.pt")],
+    [(200, 10, "lengths.jsonl"), (5_000, 10, ".npy"), (20_000, 10, "epochs.png"), (20_000, 1e-9, "state.pt")],
 )
 def test_a_full_disk_is_one_line(largest, minutes, file, command, tmp_path):
     limit = largest  # of a file's size; a disk says the same in other words
@@ -631,7 +659,7 @@ def test_the_command_refuses_what_cannot_be(command, folder, tmp_path):
     for more, message in (
         (("--validation", folder / "labels.csv"), "36 clips are in --labels and in --validation: 0.wav, "),
         (("--learning-rate", "0"), "learning_rate is 0.0; it must be above 0"),
-        (("--max-seconds", "0.1"), "window_seconds is 0.1"),
+        (("--max-seconds", "0.1"), "max_seconds is 0.1"),
         (("--beats", folder / "0.wav"), "0.wav: not a PyTorch file"),
         (("--out", folder / "0.wav"), "0.wav: File exists"),
         (("--cache", "/proc/cache"), "/proc/cache: No such file or directory"),
@@ -774,6 +802,20 @@ def test_triplets_that_do_not_work_are_warned_of(healthy):
     inverted = msgspec.structs.replace(inverted, order_correlation=-0.01)
     assert "do not lie farther apart" in read_warnings([inverted], working(), CONFIG)[0]
     assert read_warnings([inverted], working(clusters=0, skipped=100), changed(triplet="none")) == []
+
+
+def test_order_is_judged_by_what_the_triplets_are_made_by():
+    """PC has nothing to do with the other axes; embeddings lie along the one or along the others."""
+    rng = np.random.default_rng(3)
+    others, pc = rng.uniform(1, 9, (2, 200))
+    labels = np.stack([others, others + 0.1, pc, others - 0.1], axis=1)
+    for axis, along, less in (("PC", pc, others), ("PQ", others, pc)):
+        order = [
+            read_signs(labels, np.stack([np.cos(x / 10), np.sin(x / 10)], axis=1), labels, axis).order_correlation
+            for x in (along, less)
+        ]
+        assert order[0] > 0.99
+        assert abs(order[1]) < 0.1
 
 
 def test_ranks_that_fall_while_the_mse_falls_are_warned_of(healthy):

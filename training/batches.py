@@ -33,9 +33,12 @@ class Batch:
 
 
 def training_batches(data: Data, batch_size: int, seed: int, epoch: int) -> list[list[Part]]:
-    """Batches of one epoch: one window of every clip, so that long clips do not weigh more than others."""
+    """Batches of one epoch: one window of every clip, so that long clips do not weigh more than others.
+
+    A window is drawn with its share of the clip's samples, as it weighs in the clip's score: a short last one is rare.
+    """
     draw = np.random.default_rng([seed, epoch])
-    parts = [(int(clip), int(draw.integers(len(data.windows[clip])))) for clip in draw.permutation(len(data.clips))]
+    parts = [(int(clip), _drawn_window(data, int(clip), draw)) for clip in draw.permutation(len(data.clips))]
     chunk = CHUNK_BATCHES * batch_size
     batches: list[list[Part]] = []
     for start in range(0, len(parts), chunk):
@@ -71,6 +74,11 @@ def load_batch(data: Data, parts: Sequence[Part], trunk: Trunk) -> Batch:
         torch.tensor([num_tokens(window.num_samples) for window in windows]),
         torch.from_numpy(data.labels[[clip for clip, _ in parts]]),
     )
+
+
+def _drawn_window(data: Data, clip: int, draw: np.random.Generator) -> int:
+    ends = np.cumsum([window.num_samples for window in data.windows[clip]])
+    return int(np.searchsorted(ends, draw.integers(ends[-1]), side="right"))
 
 
 def _num_samples(data: Data, part: Part) -> int:

@@ -31,6 +31,9 @@ NPY_HEADER = 128
 
 LARGEST_FP16 = 65504.0
 
+FORMAT = 1
+"""Counts the changes of what is computed from the same audio and weights, so that caches of older code are not read."""
+
 
 def weights_sha256(module: nn.Module) -> str:
     """Over names, shapes, dtypes and values of a module's weights."""
@@ -65,14 +68,14 @@ def cached_data(
 ) -> Data:
     """Fill the cache with what it lacks of these clips, and give them as Data.
 
-    The folder's name is a key over trunk, weights and window, so nothing stale is ever read, and a fill that was
+    The folder's name is a key over format, trunk, weights and window, so nothing stale is read, and a fill that was
     killed goes on where it was. Each window is computed alone, in FP32: its bytes depend on nothing else.
     The model stays where it is, on the CPU or a GPU; `share` (k, n) computes the k-th of every n clips.
 
     Raises InputError where the disk lacks room, audio changed since it was found, or FP16 cannot hold a state.
     """
     weights = weights_sha256(model.encoder.beats) if trunk == "frozen" else ""  # the front end has none
-    key = hashlib.sha256(f"{trunk} {weights} {policy.window_samples}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {trunk} {weights} {policy.window_samples}".encode()).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
     windows = tuple(

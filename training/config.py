@@ -65,7 +65,10 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        _ = self.window  # its limits are those of max_seconds
+        try:
+            _ = self.window  # its limits are those of max_seconds
+        except ValueError as error:
+            raise ValueError(str(error).replace("window_seconds", "max_seconds")) from None
 
     @property
     def window(self) -> WindowPolicy:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from aesanet.training.progress import Progress
 
 FIRST_NAMES = 5
 """Missing files that an error names; the count tells of the others."""
+
+ID_SUFFIXES = ("", ".wav", ".flac", ".mp3")
+"""Of the files of labels that have an id and no path."""
 
 Trunk = Literal["frozen", "trained"]
 """Whether BEATs is trained too, or only what stands on it."""
@@ -78,12 +82,13 @@ class Data:
 def split_clips(clips: Sequence[LabelledClip], share: float) -> tuple[list[LabelledClip], list[LabelledClip]]:
     """(training, validation): about `share` of the clips, in (0, 1), are kept for validation.
 
-    A hash of the clip's id decides, or of its system where that is known: a system is then on one side only, and a
-    clip stays on its side when others are added. Raises InputError where a side would be empty.
+    A hash of the clip's path or id decides, or of its system where that is known: a system is then on one side only,
+    and a clip stays on its side when others are added. Raises InputError where a side would be empty.
     """
-    kept = [_fraction(clip.system or clip.id) < share for clip in clips]
+    names = [clip.system or clip.path or clip.id for clip in clips]
+    kept = [_fraction(name) < share for name in names]
     if all(kept) or not any(kept):
-        groups = len({clip.system or clip.id for clip in clips})
+        groups = len(set(names))
         raise InputError(
             f"a validation share of {share:g} puts {sum(kept)} of {len(clips)} clips ({groups} systems or clips that "
             "are kept together) aside for validation; give another --validation-share, or --validation with a file"
@@ -121,9 +126,15 @@ def check_missing(missing: Sequence[MissingClip], total: int) -> None:
         named = "; ".join(f"{clip.id} ({clip.code}: {clip.message})" for clip in missing[:FIRST_NAMES])
         more = "; ..." if len(missing) > FIRST_NAMES else ""
         raise InputError(
-            f"{len(missing)} of {total} labelled clips have no usable audio: {named}{more}; check --audio-root, "
-            "or give --allow-missing to train without them"
+            f"{len(missing)} of {total} labelled clips have no usable audio ({counted(missing)}): {named}{more}; check "
+            "--audio-root, or give --allow-missing to train without them"
         )
+
+
+def counted(missing: Sequence[MissingClip]) -> str:
+    """How many for each reason: `2 not_found, 1 too_short`."""
+    counts = Counter(clip.code for clip in missing)
+    return ", ".join(f"{counts[code]} {code}" for code in sorted(counts))
 
 
 def window_lengths(num_samples: int, policy: WindowPolicy) -> list[int]:
@@ -142,9 +153,7 @@ def _fraction(name: str) -> float:
 
 
 def _find(clip: LabelledClip, root: str | Path, lengths: "_Lengths") -> FoundClip:
-    if clip.path is None:
-        raise ClipError("bad_row", "its label file gives no path")
-    file = file_name(os.path.join(root, clip.path))
+    file = _file(clip, root)
     if not os.path.isfile(file):
         for _ in ClipReader(Clip(file)):  # which says what is wrong
             pass
@@ -155,6 +164,16 @@ def _find(clip: LabelledClip, root: str | Path, lengths: "_Lengths") -> FoundCli
     if sha256 not in lengths.known:
         lengths.add(sha256, _measure(file))
     return FoundClip(clip, file, sha256, lengths.known[sha256])
+
+
+def _file(clip: LabelledClip, root: str | Path) -> str:
+    """Where a clip's audio is to be; of one with an id alone, the first file of that name with a usual suffix."""
+    if clip.path is not None:
+        return file_name(os.path.join(root, clip.path))
+    for suffix in ID_SUFFIXES:
+        if os.path.isfile(file := file_name(os.path.join(root, clip.id + suffix))):
+            return file
+    raise ClipError("not_found", f"its label file gives no path, and {root} has no {clip.id} with .wav, .flac or .mp3")
 
 
 def _measure(file: str) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -22,6 +22,9 @@ PUBLIC_ROOT: Final = "/your_path/"
 
 SCORE_RANGE: Final = (0.0, 10.0)
 """Of human ratings; the public files hold zeros too."""
+
+ROUNDED: Final = 5e-4
+"""Means may differ by this, of which one file has three decimals."""
 
 _AXIS_OF: Final = {axis.casefold(): axis for axis in AXES} | {
     name.casefold().replace(" ", "_"): axis for axis, name in AXIS_NAMES.items()
@@ -48,7 +51,9 @@ class LabelledClip:
 
 
 def read_labels(files: Iterable[str | Path]) -> list[LabelledClip]:
-    """All clips of all files, in order; a clip that stands twice with the same values is given once.
+    """All clips of all files, in order; one that stands twice, by id or by path, is given once with all that is known.
+
+    The public files name the same clips twice: AudioMOS with ids and means, audiobox-aesthetics with ratings.
 
     A file is `.csv`, `.tsv` or `.jsonl`. Columns go by name, in any order: `sample_id`, `path` or `data_path`,
     `system`, and the axes by code (`PQ`) or name (`Production_Quality`); others are passed over. In JSON lines an
@@ -56,21 +61,27 @@ def read_labels(files: Iterable[str | Path]) -> list[LabelledClip]:
 
     Raises InputError that names the file, the line, the column, what was got and what is allowed.
     """
-    clips: dict[str, tuple[str, LabelledClip]] = {}
+    clips: list[tuple[str, LabelledClip]] = []
+    places: dict[str, int] = {}  # in clips, by id and by path
     for file in map(Path, files):
         empty = True
         for line, row in _rows(file):
             empty = False
             place = f"{file}: line {line}"
             clip = _clip(place, row)
-            before, first = clips.setdefault(clip.id, (place, clip))
-            if not _same(first, clip):
+            at = places.get(clip.id, places.get(clip.path or "", len(clips)))
+            if at == len(clips):
+                clips.append((place, clip))
+            before, first = clips[at]
+            if (both := _merged(first, clip)) is None:
                 raise InputError(
                     f"{place}: {clip.id} stands at {before} too, with other values; a clip may have only one label"
                 )
+            clips[at] = before, both
+            places |= dict.fromkeys((clip.id, *filter(None, [clip.path])), at)
         if empty:
             raise InputError(f"{file}: has no rows; give a file with a row for each clip")
-    return [clip for _, clip in clips.values()]
+    return [clip for _, clip in clips]
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -226,9 +237,19 @@ def _system(name: str, path: str | None) -> str | None:
     return parts[-2] if len(parts) > 2 and parts[0] == "PAM" else None
 
 
-def _same(first: LabelledClip, second: LabelledClip) -> bool:
-    """Whether two rows of one id say the same."""
-    if (first.path, first.system, first.ratings is None) != (second.path, second.system, second.ratings is None):
-        return False
-    pairs = [(first.scores, second.scores), (first.ratings, second.ratings)]
-    return all(a is None or b is None or np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+def _merged(first: LabelledClip, second: LabelledClip) -> LabelledClip | None:
+    """What two rows of one clip say together, ratings rather than means; None where they contradict each other."""
+    for a, b in ((first.path, second.path), (first.system, second.system)):
+        if a and b and a != b:
+            return None
+    if not np.allclose(first.scores, second.scores, rtol=0, atol=ROUNDED, equal_nan=True):
+        return None
+    a, b = first.ratings, second.ratings
+    if a is not None and b is not None and not np.array_equal(a, b, equal_nan=True):
+        return None
+    return replace(
+        second if a is None and b is not None else first,
+        id=first.id,
+        path=first.path or second.path,
+        system=first.system or second.system,
+    )

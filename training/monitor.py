@@ -11,7 +11,7 @@ from scipy.spatial.distance import pdist
 from aesanet.axes import AXES
 from aesanet.metrics import rank_metrics
 from aesanet.training.config import TrainingConfig
-from aesanet.training.triplet import TripletCounters
+from aesanet.training.triplet import Criterion, TripletCounters
 
 PAIRED_CLIPS: Final = 512  # 130,816 pairs: enough for a correlation, and quick
 
@@ -28,7 +28,8 @@ class Signs(msgspec.Struct, frozen=True, kw_only=True):
     mse, srcc, ktau   : an axis each, order CE, CU, PC, PQ; mean_mse and mean_srcc over the axes that have one
     effective_rank    : of the L2-normalised embeddings: exp of the entropy of their singular values' shares
     mean_distance     : between pairs of L2-normalised embeddings, 0-2; both None of fewer than 10 clips
-    order_correlation : Spearman's, between the distances of pairs and their mean absolute label difference
+    order_correlation : Spearman's, between the distances of pairs and how far their labels differ, as the triplet term
+                        sees it
     """
 
     mse: tuple[float | None, ...]
@@ -41,8 +42,11 @@ class Signs(msgspec.Struct, frozen=True, kw_only=True):
     order_correlation: float | None
 
 
-def read_signs(scores: np.ndarray, embeddings: np.ndarray, labels: np.ndarray) -> Signs:
-    """float64 [clips, 4] scores, [clips, width] embeddings, [clips, 4] labels with nan for none -> Signs."""
+def read_signs(scores: np.ndarray, embeddings: np.ndarray, labels: np.ndarray, criterion: Criterion = "mean") -> Signs:
+    """float64 [clips, 4] scores, [clips, width] embeddings, [clips, 4] labels with nan for none -> Signs.
+
+    criterion : by which the triplet term tells labels apart
+    """
     found = []
     for axis in range(len(AXES)):
         labelled = ~np.isnan(labels[:, axis])
@@ -61,7 +65,7 @@ def read_signs(scores: np.ndarray, embeddings: np.ndarray, labels: np.ndarray) -
         mean_srcc=_mean([value for value in srcc if value is not None]),
         effective_rank=effective_rank(unit) if enough else None,
         mean_distance=float(distances.mean()) if enough else None,
-        order_correlation=_order_correlation(distances, labels[some]),
+        order_correlation=_order_correlation(distances, labels[some], criterion),
     )
 
 
@@ -117,8 +121,10 @@ def _triplet_warnings(now: Signs, counters: TripletCounters) -> list[str]:
     return warnings
 
 
-def _order_correlation(distances: np.ndarray, labels: np.ndarray) -> float | None:
+def _order_correlation(distances: np.ndarray, labels: np.ndarray, criterion: Criterion) -> float | None:
     """Spearman's between distances of pairs, as `pdist` orders them, and the labels' differences."""
+    if criterion != "mean":
+        labels = labels[:, [AXES.index(criterion)]]
     first, second = np.triu_indices(len(labels), 1)
     difference = np.abs(labels[first] - labels[second])
     shared = ~np.isnan(difference)

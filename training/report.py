@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import matplotlib
-import numpy
+import numpy as np
 import scipy
 import torch
 from matplotlib.axes import Axes
@@ -105,19 +105,23 @@ def write_validation(data: Data, out: Path) -> None:
     """validation.jsonl: a manifest that `aesanet score` takes, and the labels that `aesanet evaluate` takes."""
     with replacing(out / "validation.jsonl") as beside, open(beside, "w") as file:
         for clip in data.clips:
-            scores = {
-                axis: None if math.isnan(score) else score for axis, score in zip(AXES, clip.label.scores, strict=True)
-            }
+            given = clip.label.scores if clip.label.ratings is None else clip.label.ratings
+            scores = {axis: _known(values) for axis, values in zip(AXES, np.array(given).tolist(), strict=True)}
             row = {"path": clip.file, "sample_id": clip.label.id, "system": clip.label.system, **scores}
             file.write(json.dumps(row) + "\n")
 
 
 def write_account(account: Mapping[str, Any], out: Path) -> None:
     """training.json: what the run was made from, and with which versions."""
-    versions = {tool.__name__: tool.__version__ for tool in (torch, numpy, scipy, matplotlib)}
+    versions = {tool.__name__: tool.__version__ for tool in (torch, np, scipy, matplotlib)}
     versions |= {"aesanet": __version__, "python": platform.python_version()}
     with replacing(out / "training.json") as beside:
         beside.write_text(json.dumps({**account, "versions": versions}, indent=2) + "\n")
+
+
+def _known(value: float | list[float]) -> float | list[float] | None:
+    """A mean, or ratings; None for no value."""
+    return None if np.isnan(value).any() else value
 
 
 def _cell(value: Any) -> Any:

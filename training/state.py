@@ -16,6 +16,13 @@ from aesanet.training.monitor import Signs
 STATE_NAME = "state.pt"
 
 
+_SAYS = {
+    "initial_weights": " (of the BEATs file and the seed)",
+    "training_data": " (audio and labels)",
+    "validation_data": " (audio and labels)",
+}
+
+
 class Position(msgspec.Struct, kw_only=True):
     """How far a run has come.
 
@@ -80,7 +87,8 @@ def load_state(out: Path, identity: dict[str, Any]) -> tuple[Position, dict[str,
     for name in [*identity, *found]:
         if found.get(name) != identity.get(name):
             raise InputError(
-                f"{out}: holds a run with {name} {found.get(name)!r}, and this one has {identity.get(name)!r}; "
+                f"{out}: holds a run with {name} {found.get(name)!r}{_SAYS.get(name, '')}, and this one has "
+                f"{identity.get(name)!r}; "
                 "give the same settings and data to go on with it, or another --out"
             )
     return position, content

@@ -37,7 +37,7 @@ from aesanet.training.report import (
     write_epochs,
     write_validation,
 )
-from aesanet.training.state import Position, load_state, run_identity, save_state
+from aesanet.training.state import STATE_NAME, Position, load_state, run_identity, save_state
 from aesanet.training.triplet import TripletBuffer, TripletCounters
 
 BEST_NAME = "best.safetensors"
@@ -79,7 +79,8 @@ def train(
     stop         : asked after every step; once it says so, the state is saved and the run can go on later
 
     The model's config gets the window policy trained with, and the identity as its calibration. A run that was
-    stopped or killed goes on when called again with the same arguments, and ends with the same bytes.
+    stopped or killed goes on when called again with the same arguments; on a CPU, with as many threads, it ends with
+    the same bytes. Not all CUDA kernels are deterministic.
 
     Raises InputError (the folder holds a run with other settings) or TrainingError (the loss is no longer finite).
     """
@@ -219,7 +220,13 @@ class _Run:
     def _end_epoch(self) -> None:
         at, config = self.position, self.config
         scores, embeddings = whole_clips(self.learner, self.validation, config.batch_size, self.device, self.processes)
-        at.signs.append(read_signs(scores, embeddings, self.validation.labels.astype(np.float64)))
+        if not (np.isfinite(scores).all() and np.isfinite(embeddings).all()):
+            raise TrainingError(
+                f"epoch {at.epoch}: the weights that its last step left give scores that are not finite; try a lower "
+                "learning rate, or fp32"
+            )
+        labels = self.validation.labels.astype(np.float64)
+        at.signs.append(read_signs(scores, embeddings, labels, config.triplet_axis))
         signs, counters = at.signs[-1], self.buffer.counters
         warnings = read_warnings(at.signs, counters, config)
         train = {name: total / len(self.training.clips) for name, total in at.sums.items()}
@@ -234,9 +241,6 @@ class _Run:
         for line in epoch_lines(at.rows[-1], best, warnings):
             self.progress.note(line)
         if self.processes.rank == 0:
-            if best:
-                with replacing(self.out / BEST_NAME) as beside:
-                    save_checkpoint(self.model, beside, self.beats_sha256)
             write_epochs(at.rows, self.out)
             if at.finished or time.monotonic() - self.plotted_at >= PLOT_SECONDS:
                 plot_epochs(at.rows, self.out)
@@ -244,7 +248,9 @@ class _Run:
         at.epoch, at.batch, at.seconds, at.sums = at.epoch + 1, 0, 0.0, {}
         self.buffer.counters = TripletCounters()
         self.began_at = time.monotonic()
-        self._save()  # last: what the state says is done is on disk
+        self._save()
+        if best:
+            self._save_best()
 
     def _save(self) -> None:
         now = time.monotonic()
@@ -257,6 +263,12 @@ class _Run:
             tensors = {"model": state, "optimizer": self.optimizer.state_dict(), "buffer": self.buffer.state_dict()}
             save_state(self.out, self.identity, self.position, tensors)
 
+    def _save_best(self) -> None:
+        """After the state, which holds the same weights: killed between the two, going on makes up for it."""
+        if self.processes.rank == 0:
+            with replacing(self.out / BEST_NAME) as beside:
+                save_checkpoint(self.model, beside, self.beats_sha256)
+
     def _resume(self) -> None:
         if (found := load_state(self.out, self.identity)) is None:
             return
@@ -264,6 +276,10 @@ class _Run:
         self.model.load_state_dict(tensors["model"], strict=False)  # a frozen trunk is not in it
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.buffer.load_state_dict(tensors["buffer"], self.device)
+        best = self.out / BEST_NAME
+        behind = not best.exists() or best.stat().st_mtime_ns < (self.out / STATE_NAME).stat().st_mtime_ns
+        if behind and self.position.batch == 0 and 0 < self.position.best_epoch == self.position.epoch - 1:
+            self._save_best()
         if not self.position.finished:
             self.progress.note(f"{self.out}: going on in epoch {self.position.epoch}, step {self.position.step}")
             if self.position.rows and self.processes.rank == 0:
