@@ -17,6 +17,7 @@ from aesanet.lengths import num_frames, num_tokens
 from aesanet.training.demo import train as demo
 from aesanet.training.demo.label import Label
 from aesanet.training.demo.plan import DemoClip
+from aesanet.training.demo.tables import LABELS_FILE, read_table
 
 
 @pytest.fixture
@@ -54,6 +55,17 @@ def test_trunk_and_heads_share_no_reference(corpus):
     assert (len(sides[0]), len(sides[1])) == (13, 5)
     assert [c for c in trunk.clips if c.split == "test"] == [c for c in corpus.clips if c.split == "test"]
     assert [one.id for one in head.labels] == [clip.id for clip in head.clips]
+
+
+def test_of_the_committed_corpus_only_layers_of_mixes_are_on_both_sides(tmp_path):
+    corpus = heads.Corpus(tmp_path, read_table(LABELS_FILE, DemoClip), read_table(LABELS_FILE, Label))
+    trunk, head = (
+        [c for c in corpus.for_training(of_heads=of_heads).clips if c.split == "train"] for of_heads in (False, True)
+    )
+    assert {clip.id for clip in trunk}.isdisjoint(clip.id for clip in head)
+    assert 2000 < len(head) < len(trunk) / 2
+    damaged = [{c.references[0] for c in side if c.kind != "mix"} for side in (trunk, head)]
+    assert damaged[0].isdisjoint(damaged[1])
 
 
 def test_log_mel_has_a_token_where_beats_has_one():

@@ -2,7 +2,8 @@
 
 Every head is trained on natural audio alone, and tested on packages that no training saw: of natural and of
 machine-made audio. The trunk under it is frozen, as in the paper. It was trained by this command without the triplet
-term, on other clips than the heads, so that nothing in it is owed to what is compared.
+term, on other clips than the heads, so that nothing in it is owed to what is compared. But it was trained on the same
+kind of labels: what it adds to log-mel is its features and three times as many labelled clips together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,10 @@ class Corpus:
         return cls(audio, read_table(LABELS_FILE, DemoClip), read_table(LABELS_FILE, Label))
 
     def for_training(self, of_heads: bool) -> "Corpus":
-        """With the training clips of the heads, or with those of the trunk; other splits are whole."""
+        """With the training clips of the heads, or with those of the trunk; other splits are whole.
+
+        No damaged recording is on both sides; single voices and effects of mixes are, in other mixes.
+        """
         groups = sorted({clip.references[0] for clip in self.clips if clip.split == "train"})
         heads = set(groups[::HEADS_SHARE])
         kept = [
