@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import defaultdict
 
 import msgspec
@@ -21,10 +22,11 @@ from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
 from aesanet.training.demo import degrade, plan, sources, train
 from aesanet.training.demo.baseline import Baseline, features
+from aesanet.training.demo.corpus import NOISE_FLOOR_DB, with_noise_floor
 from aesanet.training.demo.label import LEAST_STEP, Label, Measured, label
-from aesanet.training.demo.ladders import LadderRow, ladder_rows, ladder_table
+from aesanet.training.demo.ladders import TableRow, kind_heard, label_rows, ladder_rows, table_text
 from aesanet.training.demo.plan import DemoClip
-from aesanet.training.demo.render import Reference, active_share, render, render_reference
+from aesanet.training.demo.render import Part, Reference, active_share, render, render_reference, write_clip
 from aesanet.training.demo.tables import LABELS_FILE, REFERENCES_FILE, read_table, write_table
 
 PQ = AXES.index("PQ")
@@ -130,7 +132,7 @@ def test_a_voice_played_faster_is_shorter_and_higher(small):
     assert centre[1] == pytest.approx(centre[0], rel=0.05)
 
 
-def test_what_sounds_at_the_same_time_sounds_most_of_the_time(tables, small):
+def test_what_sounds_at_the_same_time_sounds_most_of_the_time(small):
     assert active_share(np.r_[np.ones(16_000), np.zeros(48_000)]) == pytest.approx(0.25)
     references, clips = plan.plan(small, sources.sources(small))
     by_id = {one.id: one for one in references}
@@ -202,42 +204,76 @@ def test_what_a_cut_off_download_left_is_not_unpacked(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob("*.deb")] == ["ab_1.0_all.deb"]
 
 
-def test_the_baseline_fits_what_it_sees():
-    rng = np.random.default_rng(0)
-    inputs = np.array([features(x) for x in synthetic_audio(rng, 1.0).values()])
-    labels = np.stack([inputs @ rng.normal(size=4) for _ in AXES], axis=1)
-    labels[0, 1] = np.nan
-    fitted = Baseline(inputs, labels).scores(inputs)
-    known = ~np.isnan(labels)
-    np.testing.assert_allclose(fitted[known], labels[known], rtol=1e-6, atol=1e-6)
+def written(small, folder):
+    """The small plan's references by id, and its clips, which are written to files."""
+    references, clips = plan.plan(small, sources.sources(small))
+    by_id = {one.id: one for one in references}
+    for clip in clips:
+        write_clip(folder / f"{clip.id}.flac", render(small, by_id, clip.references, clip.degradation, clip.level))
+    return by_id, clips
 
 
-def test_ladder_rows_of_a_perfect_and_of_a_reversed_scorer(small):
-    _, clips = plan.plan(small, sources.sources(small))
+def test_the_baseline_fits_each_kind_of_clip(small, tmp_path):
+    _, clips = written(small, tmp_path)
+    of_kind = {kind: np.random.default_rng(n).normal(size=(4, 4)) for n, kind in enumerate(("speech", "mix", "other"))}
+    labels, true = [], {}
+    for clip in clips:
+        x = np.concatenate(list(ClipReader(Clip(str(tmp_path / f"{clip.id}.flac"))))).astype(np.float64)
+        ce, cu, pc, pq = true[clip.id] = features(x) @ of_kind.get(clip.kind, of_kind["other"])
+        labels.append(Label(id=clip.id, CE=ce, CU=cu, PC=pc if clip.kind in ("speech", "mix") else None, PQ=pq))
+    scores = Baseline(tmp_path, clips, labels).scores(tmp_path, clips)
+    for clip in clips:
+        axes = [0, 1, 2, 3] if clip.kind in ("speech", "mix") else [0, 1, 3]
+        np.testing.assert_allclose(scores[clip.id][axes], true[clip.id][axes], rtol=1e-6, atol=1e-6)
+
+
+def test_a_noise_floor_leaves_no_silence_and_little_else(small, tmp_path):
+    (tmp_path / "clips").mkdir()
+    _, clips = written(small, tmp_path / "clips")
+    with_noise_floor(tmp_path / "clips", clips, tmp_path / "noise")
+    for clip in clips:
+        x, y = (soundfile.read(tmp_path / folder / f"{clip.id}.flac")[0] for folder in ("clips", "noise"))
+        noise_db = 20 * np.log10((y - x).std() / np.sqrt(np.square(x).mean()))
+        assert noise_db == pytest.approx(NOISE_FLOOR_DB, abs=1.0)  # and the rounding of 16 bits
+        assert np.abs(y[: len(y) // 160 * 160].reshape(-1, 160)).max(axis=1).min() > 0
+
+
+def test_rows_of_a_perfect_and_of_a_reversed_scorer(small):
+    references, clips = plan.plan(small, sources.sources(small))
+    by_id = {one.id: one for one in references}
     labels = [Label(id=clip.id, CE=1.0, CU=1.0, PC=float(clip.layers), PQ=float(9 - clip.level)) for clip in clips]
     perfect = {one.id: np.array([0, 0, one.PC, one.PQ]) for one in labels}
     reverse = {name: -scores for name, scores in perfect.items()}
-    rows = ladder_rows("test", clips, labels, perfect, reverse)
-    ranked = [row for row in rows if "against" in row.what]
-    assert len(ranked) >= 5
-    for row in ranked:
+    rows = ladder_rows("test", clips, by_id, perfect, reverse, ", somehow")
+    assert len(rows) >= 6
+    for row in rows:
+        assert "against" in row.what
+        assert row.what.endswith(", somehow")
         assert (row.model, row.baseline) == (1, -1)
         assert (row.above_low, row.above_high) == (2, 2)
-    for row in rows[len(ranked) :]:
+    for row in label_rows("test", clips, labels, perfect, reverse):
         assert (row.model, row.baseline) == ((1, -1) if row.what[-2:] in ("PC", "PQ") else (0, 0))
+
+
+def test_effects_in_a_package_of_music_are_effects():
+    def reference(kind, file):
+        return Reference(id="r", kind=kind, group="g", level_db=-25.0, parts=(Part(file, 0.0, 4.0),))
+
+    assert kind_heard(reference("music", "game-music/usr/share/game/sounds/bang.ogg")) == "effect"
+    assert kind_heard(reference("music", "game-music/usr/share/game/music/song.ogg")) == "music"
+    assert kind_heard(reference("speech", "game-data/usr/share/game/sounds/hello.ogg")) == "speech"
 
 
 def test_the_interval_of_a_difference_is_that_of_a_paired_mean():
     """Against the normal approximation, which many ladders allow."""
     steps = [
-        DemoClip(id=f"{n}-{layers}", split="test", ladder=f"mix-{n}", kind="mix", references=("r",) * layers)
+        DemoClip(id=f"{n}-{layers}", split="test", ladder=f"mix-{n}", kind="mix", references=(f"r{n}",) * layers)
         for n in range(200)
         for layers in range(1, 6)
     ]
-    labels = [Label(id=clip.id, CE=1.0, CU=1.0, PC=float(clip.layers), PQ=1.0) for clip in steps]
     rng = np.random.default_rng(0)
     scores = [{c.id: np.array([0, 0, c.layers + rng.normal(0, noise), 0]) for c in steps} for noise in (1, 3)]
-    row = ladder_rows("test", steps, labels, *scores)[0]
+    row = ladder_rows("test", steps, {}, *scores)[0]
     ranks = [
         [rank_metrics(np.arange(1.0, 6), np.array([one[f"{n}-{k}"][2] for k in range(1, 6)])).srcc for n in range(200)]
         for one in scores
@@ -247,16 +283,17 @@ def test_the_interval_of_a_difference_is_that_of_a_paired_mean():
     assert row.count == 200
     assert row.model - row.baseline == pytest.approx(above.mean(), abs=2e-4)
     assert (row.above_low, row.above_high) == pytest.approx((above.mean() - half, above.mean() + half), abs=0.1 * half)
+    # Ten ladders of each reference: only twenty things were drawn, and the interval is as wide as for twenty.
+    together = [msgspec.structs.replace(c, references=(f"r{int(c.id.split('-')[0]) // 10}",) * c.layers) for c in steps]
+    row = ladder_rows("test", together, {}, *scores)[0]
+    half = 1.96 * above.reshape(20, 10).mean(axis=1).std(ddof=1) / np.sqrt(20)
+    assert (row.above_low, row.above_high) == pytest.approx((above.mean() - half, above.mean() + half), abs=0.2 * half)
 
 
 def test_the_recipe_trains_from_its_tables(small, tmp_path, monkeypatch):
-    references, clips = plan.plan(small, sources.sources(small))
     audio = tmp_path / "audio"
     audio.mkdir()
-    by_id = {one.id: one for one in references}
-    for clip in clips:
-        x = render(small, by_id, clip.references, clip.degradation, clip.level)
-        soundfile.write(audio / f"{clip.id}.flac", x, 16_000)
+    _, clips = written(small, audio)
     measured = [Measured(id=c.id, visqol=5.0 - c.level, zimtohrli=5.0 - c.level, active=1.0) for c in clips]
     beats = msgspec.structs.replace(train.BEATS, encoder_layers=1, encoder_embed_dim=32, encoder_ffn_embed_dim=32)
     monkeypatch.setattr(train, "CONFIG", msgspec.structs.replace(train.CONFIG, epochs=1, precision="fp32"))
@@ -349,8 +386,8 @@ def committed_rows():
     with open(ROOT / "benchmarks" / "results" / "demo.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert all(row["processor"] and row["torch"] for row in rows)
-    texts = [{name: row[name] or None for name in LadderRow.__struct_fields__} for row in rows]
-    return msgspec.convert(texts, list[LadderRow], strict=False)
+    texts = [{name: row[name] or None for name in TableRow.__struct_fields__} for row in rows]
+    return msgspec.convert(texts, list[TableRow], strict=False)
 
 
 def test_the_committed_table_meets_what_was_asked(committed_rows):
@@ -366,10 +403,12 @@ def test_the_committed_table_meets_what_was_asked(committed_rows):
 
 
 def test_the_documents_hold_the_committed_table(committed_rows):
-    table = ladder_table(committed_rows).splitlines()
+    table = table_text(committed_rows).splitlines()
     card = (ROOT / "models" / "demo" / "README.md").read_text().splitlines()
     assert [line for line in card if line.startswith(table[0][:10])] == table[:1]
     assert [line for line in card if line in table] == table
+    for file in (ROOT / "README.md", ROOT / "models" / "demo" / "README.md"):
+        assert not re.search(r"@[A-Z_]+@|untrained \(random\)", file.read_text())
     front = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("| test ", "| synth"))]
     assert len(front) >= 4
     assert set(front) <= set(table)

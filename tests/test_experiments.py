@@ -57,7 +57,7 @@ def test_trunk_and_heads_share_no_reference(corpus):
     assert [one.id for one in head.labels] == [clip.id for clip in head.clips]
 
 
-def test_of_the_committed_corpus_only_layers_of_mixes_are_on_both_sides(tmp_path):
+def test_no_damaged_reference_of_the_committed_corpus_is_on_both_sides(tmp_path):
     corpus = heads.Corpus(tmp_path, read_table(LABELS_FILE, DemoClip), read_table(LABELS_FILE, Label))
     trunk, head = (
         [c for c in corpus.for_training(of_heads=of_heads).clips if c.split == "train"] for of_heads in (False, True)

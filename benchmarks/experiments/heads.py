@@ -117,7 +117,7 @@ class Corpus:
     def for_training(self, of_heads: bool) -> "Corpus":
         """With the training clips of the heads, or with those of the trunk; other splits are whole.
 
-        No damaged recording is on both sides; single voices and effects of mixes are, in other mixes.
+        No reference that is damaged is on both sides; what layers of mixes were made from is, in other mixes.
         """
         groups = sorted({clip.references[0] for clip in self.clips if clip.split == "train"})
         heads = set(groups[::HEADS_SHARE])

@@ -6,7 +6,8 @@ python -m aesanet.training.demo label --work DIR      # the labels anew
 """
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -16,11 +17,12 @@ import torch
 from aesanet.machine import processor_name, usable_cores
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.training.demo import sources, synthetic
-from aesanet.training.demo.baseline import baseline_scores
-from aesanet.training.demo.corpus import packages_folder, rendered
+from aesanet.training.demo.baseline import Baseline
+from aesanet.training.demo.corpus import NOISE_FLOOR_DB, packages_folder, rendered, with_noise_floor
 from aesanet.training.demo.label import Label, label, measure
-from aesanet.training.demo.ladders import LadderRow, ladder_rows, ladder_table
+from aesanet.training.demo.ladders import Scores, TableRow, label_rows, ladder_rows, table_text
 from aesanet.training.demo.plan import DemoClip, plan
+from aesanet.training.demo.render import Reference
 from aesanet.training.demo.tables import LABELS_FILE, REFERENCES_FILE, read_table, write_table
 from aesanet.training.demo.train import CHECKPOINT, model_scores, train_demo
 
@@ -69,25 +71,44 @@ def train(work: Path, out: Path) -> None:
 @click.option("--out", default=RESULTS, show_default=True, type=click.Path(path_type=Path))
 def evaluate(work: Path, checkpoint: Path, out: Path) -> None:
     """Score the held-out packages and the machine-made audio, with the checkpoint and with the baseline."""
-    sources.fetch(packages_folder(work))
+    _tell_other_versions(sources.fetch(packages_folder(work)), checkpoint.with_name("training.json"))
     synthetic.generate(packages_folder(work))
     audio = rendered(work, ("train", "test", "synthetic"))
+    references = {one.id: one for one in read_table(REFERENCES_FILE, Reference)}
     clips, labels = read_table(LABELS_FILE, DemoClip), read_table(LABELS_FILE, Label)
-    held_out = [clip.id for clip in clips if clip.split in ("test", "synthetic")]
-    model = model_scores(load_checkpoint(checkpoint), audio, held_out)
-    baseline = baseline_scores(audio, clips, labels)
-    rows = [row for split in ("test", "synthetic") for row in ladder_rows(split, clips, labels, model, baseline)]
+    model, baseline = load_checkpoint(checkpoint), Baseline(audio, clips, labels)
+
+    def scores(audio: Path, clips: Sequence[DemoClip]) -> tuple[Scores, Scores]:
+        return model_scores(model, audio, [clip.id for clip in clips]), baseline.scores(audio, clips)
+
+    held_out = scores(audio, [clip for clip in clips if clip.split in ("test", "synthetic")])
+    rows = ladder_rows("test", clips, references, *held_out)
+    mixes = [clip for clip in clips if clip.split == "test" and clip.kind == "mix"]
+    on_noise = with_noise_floor(audio, mixes, work / "audio-with-noise-floor")
+    rows += ladder_rows("test", mixes, references, *scores(on_noise, mixes), f", {NOISE_FLOOR_DB} dB noise floor")
+    rows += label_rows("test", clips, labels, *held_out)
+    rows += ladder_rows("synthetic", clips, references, *held_out)
+    rows += label_rows("synthetic", clips, labels, *held_out)
     write_results(rows, out)
 
 
-def write_results(rows: Sequence[LadderRow], out: Path) -> None:
+def _tell_other_versions(found: Mapping[str, str], account: Path) -> None:
+    """What is measured on other packages than were trained on is said to be."""
+    if account.exists():
+        before = json.loads(account.read_text())["packages"]
+        for name, version in found.items():
+            if before.get(name) != version:
+                click.echo(f"note: {name} is {version}; the checkpoint's audio was of {before.get(name)}", err=True)
+
+
+def write_results(rows: Sequence[TableRow], out: Path) -> None:
     """The table as CSV, and to be read."""
     where = {"processor": processor_name(), "torch": torch.__version__}
     with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*LadderRow.__struct_fields__, *where], lineterminator="\n")
+        writer = csv.DictWriter(file, [*TableRow.__struct_fields__, *where], lineterminator="\n")
         writer.writeheader()
         writer.writerows(msgspec.structs.asdict(row) | where for row in rows)
-    click.echo(ladder_table(rows))
+    click.echo(table_text(rows))
 
 
 if __name__ == "__main__":

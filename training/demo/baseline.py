@@ -1,11 +1,12 @@
 """What anyone would try first: scores as a linear function of bandwidth, noise floor and crest factor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from aesanet.axes import AXES
 from aesanet.machine import usable_cores
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
@@ -29,31 +30,44 @@ def features(x: np.ndarray) -> np.ndarray:
 
 
 class Baseline:
-    """Least squares an axis, on the training clips that have a label there."""
+    """Least squares an axis, for each kind of clip (speech, mixes, all else) on the training clips of that kind.
 
-    def __init__(self, inputs: np.ndarray, labels: np.ndarray) -> None:
-        known = ~np.isnan(labels)
-        columns = [
-            np.linalg.lstsq(inputs[known[:, axis]], labels[known[:, axis], axis], rcond=None)[0]
-            for axis in range(labels.shape[1])
-        ]
-        self.weights = np.stack(columns, axis=1)
+    Which kind a clip is of is more than the model is told.
+    """
 
-    def scores(self, inputs: np.ndarray) -> np.ndarray:
-        """`features` of clips [clips, 4] -> float64 [clips, 4], order CE, CU, PC, PQ."""
-        return np.asarray(inputs @ self.weights)
+    def __init__(self, audio: Path, clips: Sequence[DemoClip], labels: Sequence[Label]) -> None:
+        chosen = [(clip, one.scores) for clip, one in zip(clips, labels, strict=True) if clip.split == "train"]
+        inputs = _features_of(audio, [clip for clip, _ in chosen])
+        targets = np.array([scores for _, scores in chosen])
+        kinds = np.array([_kind(clip) for clip, _ in chosen])
+        self.weights: dict[str, np.ndarray] = {}
+        for kind in np.unique(kinds):
+            self.weights[kind] = least_squares(inputs[kinds == kind], targets[kinds == kind])
+
+    def scores(self, audio: Path, clips: Sequence[DemoClip]) -> Mapping[str, np.ndarray]:
+        """float64 [4] by clip id, order CE, CU, PC, PQ; 0 on an axis without labels for the kind."""
+        inputs = _features_of(audio, clips)
+        return {clip.id: row @ self.weights[_kind(clip)] for clip, row in zip(clips, inputs, strict=True)}
 
 
-def baseline_scores(audio: Path, clips: Sequence[DemoClip], labels: Sequence[Label]) -> dict[str, np.ndarray]:
-    """float64 [4] by clip id, fitted on the training clips; validation clips are left out."""
-    chosen = [(clip, one) for clip, one in zip(clips, labels, strict=True) if clip.split != "validation"]
+def least_squares(inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """inputs [clips, features], labels [clips, 4] with nan for none -> weights [features, 4]."""
+    weights = np.zeros((inputs.shape[1], len(AXES)))
+    for axis in range(len(AXES)):
+        known = ~np.isnan(labels[:, axis])
+        if known.any():
+            weights[:, axis] = np.linalg.lstsq(inputs[known], labels[known, axis], rcond=None)[0]
+    return weights
+
+
+def _kind(clip: DemoClip) -> str:
+    return clip.kind if clip.kind in ("speech", "mix") else "other"
+
+
+def _features_of(audio: Path, clips: Sequence[DemoClip]) -> np.ndarray:
     with ProcessPoolExecutor(usable_cores()) as pool:
-        inputs = np.array(list(pool.map(_features_of, [audio / f"{clip.id}.flac" for clip, _ in chosen], chunksize=64)))
-    trained = np.array([clip.split == "train" for clip, _ in chosen])
-    targets = np.array([one.scores for _, one in chosen])
-    scores = Baseline(inputs[trained], targets[trained]).scores(inputs)
-    return {clip.id: row for (clip, _), row in zip(chosen, scores, strict=True)}
+        return np.array(list(pool.map(_read_features, [audio / f"{clip.id}.flac" for clip in clips], chunksize=64)))
 
 
-def _features_of(file: Path) -> np.ndarray:
+def _read_features(file: Path) -> np.ndarray:
     return features(np.concatenate(list(ClipReader(Clip(str(file))))).astype(np.float64))

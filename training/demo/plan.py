@@ -131,7 +131,7 @@ def quality_ladders(
 def layer_ladder(
     pool: Sequence[Reference], split: DemoSplit, name: str, rng: np.random.Generator
 ) -> Iterable[DemoClip]:
-    """One to five sounds at once, of one speaker or thing each; about every second ladder damaged, all alike.
+    """One to five sounds at once, each of one speaker or one package of things; about every second ladder damaged, all alike.
 
     Damage ends at the middle level: beyond it, layers can no longer be heard apart.
     """

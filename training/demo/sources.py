@@ -142,7 +142,7 @@ def _source(package: Package, file: Path) -> Source | None:
     """What a file is, by its name; None for what is no use."""
     kind, group, language = package.kind, package.name, package.language or ""
     if package.name == "tuxpaint-stamps-default":
-        # NAME_desc_LANGUAGE.ogg are spoken; files without `_desc` are the sounds of things.
+        # NAME_desc_LANGUAGE.ogg are spoken; the others are the sounds of things, and some of their names.
         _, spoken, language = file.stem.partition("_desc_")
         if not spoken:
             kind, language = "effect", ""

@@ -1,4 +1,4 @@
-"""Machine-made audio, for testing only: speech of five synthesisers, music from MIDI files, and computed effects."""
+"""Machine-made audio, for testing only: speech of three synthesisers, music from MIDI files, and computed effects."""
 
 import copy
 import os
