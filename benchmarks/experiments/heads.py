@@ -45,9 +45,10 @@ the trunk on all others."""
 
 FRAMES_PER_TOKEN: Final = PATCH_SIZE // TOKENS_PER_PATCH
 
-TRUNK_CONFIG: Final = msgspec.structs.replace(demo.CONFIG, triplet="none", epochs=4)
+# Windows of half the demo's length: thirteen trainings are to take an hour on two cores, not three.
+TRUNK_CONFIG: Final = msgspec.structs.replace(demo.CONFIG, max_seconds=3.0, triplet="none", epochs=3)
 HEAD_CONFIG: Final = TrainingConfig(
-    max_seconds=demo.CONFIG.max_seconds,
+    max_seconds=TRUNK_CONFIG.max_seconds,
     batch_size=16,
     learning_rate=1e-3,
     warmup_steps=50,
@@ -130,7 +131,7 @@ class Corpus:
 
     def data(self, model: AESANet, trunk: Trunk, split: DemoSplit, cache: Path) -> Data:
         """One split as the trained part of the network takes it in."""
-        return demo.demo_data(model, trunk, self.audio, self.clips, self.labels, split, cache)
+        return demo.demo_data(model, trunk, self.audio, self.clips, self.labels, split, cache, HEAD_CONFIG.window)
 
 
 def trained_trunk(work: Path, corpus: Corpus) -> AESANet:

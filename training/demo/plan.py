@@ -131,9 +131,9 @@ def quality_ladders(
 def layer_ladder(
     pool: Sequence[Reference], split: DemoSplit, name: str, rng: np.random.Generator
 ) -> Iterable[DemoClip]:
-    """One to five sounds at once, each of one speaker or one package of things; about every second ladder damaged, all alike.
+    """One to five sounds at once, each of one speaker or one package of things; about every second ladder is damaged.
 
-    Damage ends at the middle level: beyond it, layers can no longer be heard apart.
+    Damage is alike at all steps and ends at the middle level: beyond it, layers can no longer be heard apart.
     """
     chosen: dict[str, Reference] = {}
     for index in rng.permutation(len(pool)):

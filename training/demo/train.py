@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aesanet.hashing import file_sha256
-from aesanet.lengths import MIN_SAMPLES
+from aesanet.lengths import MIN_SAMPLES, WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, BEATsConfig
 from aesanet.runtime.decode import ClipReader
@@ -75,6 +75,7 @@ def demo_data(
     labels: Sequence[Label],
     split: DemoSplit,
     cache: Path,
+    policy: WindowPolicy = CONFIG.window,
 ) -> Data:
     """The rendered clips of one split, with what the network takes in of them in `cache`."""
     chosen = [
@@ -90,7 +91,7 @@ def demo_data(
     ]
     found, missing = find_audio(chosen, audio, cache, Progress())
     check_missing(missing, len(chosen))
-    return cached_data(model, trunk, found, CONFIG.window, cache, Progress())
+    return cached_data(model, trunk, found, policy, cache, Progress())
 
 
 def train_demo(
