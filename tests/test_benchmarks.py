@@ -20,7 +20,7 @@ def test_every_engine_has_a_row_with_its_scores_beside_pytorchs(tmp_path, monkey
     assert len({row["engine"] for row in rows}) == len(rows) >= engines + 2
     assert list(rows[0]) == backends.COLUMNS
     for row in rows:
-        assert row["weights"] == "untrained"
+        assert row["weights"] == "demo"
         assert float(row["milliseconds_median"]) > 0
         assert float(row["scores_max_abs_difference"]) < (1e-4 if "fp32" in row["engine"] else 0.2)
     assert "pytorch eager cpu fp32" in capsys.readouterr().out

@@ -366,7 +366,7 @@ def demo_scores(model, x):
 
 @pytest.mark.parametrize("name", ["noise", "clip", "lowpass", "mp3"])
 def test_damage_lowers_pq_in_order_on_held_out_recordings(name, measured):
-    """Of packages that no training clip came from; both clips together, as the table is of many ladders."""
+    """Of packages that no training clip came from; the clips together, as the table is of many ladders."""
     model = load_checkpoint(DEMO_CHECKPOINT)
     clips = [recording(one) for one in ("speech-ru", "speech-en-audiobook", "music-guitar")]
     levels = []
@@ -374,11 +374,10 @@ def test_damage_lowers_pq_in_order_on_held_out_recordings(name, measured):
         damaged = [degrade.DEGRADATIONS[name](x, level, np.random.default_rng(1)) if level else x for x in clips]
         levels.append(float(np.mean([demo_scores(model, x)[PQ] for x in damaged])))
     measured[f"demo PQ by level of {name}"] = " ".join(f"{score:.2f}" for score in levels)
-    assert rank_metrics(-np.arange(6.0), np.array(levels)).srcc >= 0.9
-    assert levels[0] > levels[3] > levels[5]
+    assert levels == sorted(levels, reverse=True)
+    assert len(set(levels)) == 6
     if name == "mp3":
         assert degrade.MP3_KBIT[3] == 16
-        assert levels[0] > levels[4]
 
 
 @pytest.fixture(scope="module")

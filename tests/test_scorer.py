@@ -61,10 +61,11 @@ def demo_model():
 @pytest.mark.parametrize(("backend", "device", "precision"), ENGINES)
 def test_recordings_score_as_in_pytorch_window_by_window(demo_bundle, demo_model, measured, backend, device, precision):
     scorer = Scorer.open(demo_bundle, device, backend=backend, precision=precision)
+    window = demo_model.config.window.window_samples
     spread, difference = [], []
     for path, scores in zip(RECORDINGS, scorer.score(list(RECORDINGS)), strict=True):
         samples = np.concatenate(list(ClipReader(Clip(str(path)))))
-        windows = [samples[i : i + 160_000] for i in range(0, len(samples), 160_000)]
+        windows = np.split(samples, range(window, len(samples), window))
         each = [pytorch_scores(demo_model, *pad_batch([window]))[0] for window in windows]
         expected = np.average(each, axis=0, weights=[len(window) for window in windows])
         found = np.array([scores.CE, scores.CU, scores.PC, scores.PQ])
@@ -116,18 +117,18 @@ def test_arrays_of_no_waveform(tiny_bundle, bad):
 
 def test_long_audio_is_the_length_weighted_mean_of_its_windows(demo_bundle):
     scorer = Scorer.open(demo_bundle, backend="onnxruntime")
-    samples = np.random.default_rng(0).normal(0, 0.1, 57 * 16_000 + 2_000).astype(np.float32)  # the tail is too short
-    parts = [samples[i : i + 160_000] for i in range(0, 57 * 16_000, 160_000)]
-    parts[-1] = parts[-1][: 7 * 16_000 + 2_000]
+    window = scorer.manifest.window.window_samples
+    samples = np.random.default_rng(0).normal(0, 0.1, 5 * window + 50_000).astype(np.float32)
+    parts = np.split(samples, range(window, len(samples), window))
     each = [dataclasses.astuple(scorer.score((part, 16_000)))[:4] for part in parts]
     expected = np.average(each, axis=0, weights=[len(part) for part in parts])
     whole = scorer.score((samples, 16_000))
     np.testing.assert_allclose(dataclasses.astuple(whole)[:4], expected, atol=1e-5)
 
     # A last window below one patch is left out; the seconds stay those of the clip.
-    short_tail = scorer.score((samples[: 160_000 + 2_799], 16_000))
+    short_tail = scorer.score((samples[: window + 2_799], 16_000))
     assert dataclasses.astuple(short_tail)[:4] == pytest.approx(each[0], abs=1e-5)
-    assert short_tail.seconds == pytest.approx(10.174937)
+    assert short_tail.seconds == pytest.approx((window + 2_799) / 16_000, abs=1e-6)
 
 
 def test_silence_and_constant_offsets_are_scored_alike(demo_bundle):
