@@ -244,11 +244,11 @@ def _merged(first: LabelledClip, second: LabelledClip) -> LabelledClip | None:
             return None
     if not np.allclose(first.scores, second.scores, rtol=0, atol=ROUNDED, equal_nan=True):
         return None
-    a, b = first.ratings, second.ratings
-    if a is not None and b is not None and not np.array_equal(a, b, equal_nan=True):
+    rated, other = first.ratings, second.ratings
+    if rated is not None and other is not None and not np.array_equal(rated, other, equal_nan=True):
         return None
     return replace(
-        second if a is None and b is not None else first,
+        second if rated is None and other is not None else first,
         id=first.id,
         path=first.path or second.path,
         system=first.system or second.system,

@@ -24,6 +24,9 @@ from aesanet.training.demo.train import CHECKPOINT, model_scores
 CLIPS: Final = 16
 """Of each language and split."""
 
+WIDE_KHZ: Final = 6.5
+"""Speech below it lacks a part that 16 kHz could hold."""
+
 
 def language_rows(work: Path) -> Iterator[dict[str, Any]]:
     """One row a language and split: means and deviations of each axis over its clips."""
@@ -69,18 +72,20 @@ def language_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_languages(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """PQ of each language against the bandwidth of its recordings."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    """PQ of each language, hollow where its recordings are narrow-band."""
+    languages = sorted({row["language"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(8, 9), layout="constrained")
     panel = figure.subplots()
-    for split, colour in (("train", "C0"), ("validation", "C2"), ("test", "C1")):
-        chosen = [row for row in rows if row["split"] == split]
-        width, mean, deviation = (
-            [row[name] for row in chosen] for name in ("bandwidth_khz", "PQ_mean", "PQ_deviation")
-        )
-        panel.errorbar(width, mean, deviation, fmt="o", color=colour, alpha=0.7, label=f"packages of the {split} split")
-        for row in chosen:
-            panel.annotate(row["language"], (row["bandwidth_khz"], row["PQ_mean"]), (4, 4), textcoords="offset points")
-    panel.set(xlabel="mean bandwidth of the recordings, kHz", ylabel="PQ: mean and deviation over clips")
-    panel.legend()
+    for split, colour, shift in (("train", "C0", 0.2), ("validation", "C2", 0.0), ("test", "C1", -0.2)):
+        panel.plot([], [], "o", color=colour, label=f"packages of the {split} split")
+        for row in rows:
+            if row["split"] == split:
+                face = colour if row["bandwidth_khz"] >= WIDE_KHZ else "white"
+                place = languages.index(row["language"]) + shift
+                panel.errorbar(row["PQ_mean"], place, xerr=row["PQ_deviation"], fmt="o", color=colour, mfc=face)
+    panel.plot([], [], "o", color="black", mfc="white", label=f"mean bandwidth below {WIDE_KHZ:g} kHz")
+    panel.set(xlabel="PQ: mean and deviation over clips", ylabel="language")
+    panel.set_yticks(range(len(languages)), languages)
+    panel.legend(loc="lower left")
     panel.grid(alpha=0.3)
     figure.savefig(path)

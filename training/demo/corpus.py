@@ -1,6 +1,7 @@
 """The corpus on disk: the clips of the committed tables as audio files, made where they are missing."""
 
 import hashlib
+import inspect
 from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -33,7 +34,7 @@ def rendered(work: Path, splits: Collection[DemoSplit]) -> Path:
     audio of other tables or other code is never taken.
     """
     references, clips = read_table(REFERENCES_FILE, Reference), read_table(LABELS_FILE, DemoClip)
-    code = [Path(module.__file__).read_text() for module in (degrade, render)]
+    code = [inspect.getsource(module) for module in (degrade, render)]
     key = hashlib.sha256(msgspec.json.encode((references, clips, code))).hexdigest()[:12]
     audio = work / f"audio-{key}"
     audio.mkdir(parents=True, exist_ok=True)
