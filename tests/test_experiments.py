@@ -79,7 +79,7 @@ def test_every_variant_is_trained_and_tested(small, tmp_path):
     rows = list(heads.head_rows(tmp_path / "work"))
     keys = [(row["features"], row["triplet"], row["seed"], row["tested_on"], row["axis"]) for row in rows]
     assert len(set(keys)) == len(keys) == len(heads.VARIANTS) * 2 * 2 * 4
-    assert all(row["clips"] == 36 and row["mse"] > 0 for row in rows)
+    assert all(row["clips"] == 36 and row["mse"] >= 0 for row in rows)
     assert all(row["srcc"] is row["ktau"] is None for row in rows if row["axis"] in ("PC", "CU"))
     known = [row for row in rows if row["axis"] in ("CE", "PQ")]
     assert all(-1 <= row[metric] <= 1 for row in known for metric in ("srcc", "ktau"))
