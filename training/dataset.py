@@ -154,6 +154,8 @@ def _fraction(name: str) -> float:
 
 def _find(clip: LabelledClip, root: str | Path, lengths: "_Lengths") -> FoundClip:
     file = _file(clip, root)
+    if not os.path.lexists(file):
+        raise ClipError("not_found", f"no such file: {file}")
     if not os.path.isfile(file):
         for _ in ClipReader(Clip(file)):  # which says what is wrong
             pass
