@@ -1,5 +1,6 @@
 """Labelled clips meet their audio: what is found, cut, kept on disk and put into batches."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -21,8 +22,9 @@ from aesanet.training import dataset
 from aesanet.training.batches import load_batch, training_batches, validation_batches
 from aesanet.training.cache import cache_bytes, cached_data, window_bytes
 from aesanet.training.dataset import check_missing, find_audio, split_clips, window_lengths
-from aesanet.training.labels import LabelledClip
+from aesanet.training.labels import LabelledClip, read_labels
 from aesanet.training.progress import Progress
+from aesanet.training.report import write_validation
 
 SILENT = Progress()
 HALF_SECOND = WindowPolicy(window_seconds=0.5, hop_seconds=0.5)
@@ -250,6 +252,20 @@ def test_an_epoch_takes_one_window_of_every_clip(many):
         assert padding < 0.1
         assert lengths != sorted(lengths, key=max)  # the short ones do not all come first
     assert taken[0] != taken[1]
+
+
+def test_validation_keeps_ratings(found, tiny_model, tmp_path):
+    ratings = np.array([[1.0, 2.5], [3.0, 4.0], [math.nan] * 2, [9.0, 10.0]])
+    labels = [
+        LabelledClip("rated", "a.wav", "s", (1.75, 3.5, math.nan, 9.5), ratings),
+        LabelledClip("means", "b.wav", None, (1.0, 2.0, math.nan, 4.0), None),
+    ]
+    clips = [dataclasses.replace(one, label=label) for one, label in zip(found[:2], labels, strict=True)]
+    write_validation(cached_data(tiny_model, "trained", clips, HALF_SECOND, tmp_path / "cache", SILENT), tmp_path)
+    rated, means = read_labels([tmp_path / "validation.jsonl"])
+    np.testing.assert_array_equal(rated.ratings, ratings)
+    assert (rated.system, means.system, means.ratings) == ("s", None, None)
+    np.testing.assert_array_equal(means.scores, labels[1].scores)
 
 
 def test_a_window_is_drawn_as_often_as_it_is_long(found, tiny_model, tmp_path):

@@ -21,6 +21,7 @@ from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
 from aesanet.training.demo import degrade, plan, sources, train
+from aesanet.training.demo.__main__ import tell_other_versions
 from aesanet.training.demo.baseline import Baseline, features
 from aesanet.training.demo.corpus import NOISE_FLOOR_DB, with_noise_floor
 from aesanet.training.demo.label import LEAST_STEP, Label, Measured, label
@@ -253,6 +254,14 @@ def test_rows_of_a_perfect_and_of_a_reversed_scorer(small):
         assert (row.above_low, row.above_high) == (2, 2)
     for row in label_rows("test", clips, labels, perfect, reverse):
         assert (row.model, row.baseline) == ((1, -1) if row.what[-2:] in ("PC", "PQ") else (0, 0))
+
+
+def test_other_versions_of_packages_are_told(tmp_path, capsys):
+    account = tmp_path / "training.json"
+    tell_other_versions({"a": "2"}, account)  # of a checkpoint without an account, nothing is known
+    account.write_text(json.dumps({"packages": {"a": "1", "b": "1"}}))
+    tell_other_versions({"a": "2", "b": "1"}, account)
+    assert capsys.readouterr().err == "note: a is 2; the checkpoint's audio was of 1\n"
 
 
 def test_effects_in_a_package_of_music_are_effects():

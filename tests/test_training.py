@@ -40,7 +40,7 @@ from aesanet.lengths import SAMPLE_RATE
 from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import TRUNK_PREFIX, AESANet
 from aesanet.models.beats import BEATs
-from aesanet.models.checkpoint import load_checkpoint
+from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import Calibration
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
@@ -360,19 +360,24 @@ def test_a_run_that_is_stopped_goes_on_exactly(trunk, clips, folder, tmp_path):
     same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("epochs_in_all", [1, 2])
-def test_killed_before_the_best_is_written_it_goes_on_with_it(epochs_in_all, clips, folder, tmp_path, monkeypatch):
-    config = changed(epochs=epochs_in_all)
-    run(folder, clips, tmp_path / "whole", config=config)
+@pytest.mark.parametrize(("epochs_in_all", "killed_at"), [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_killed_before_the_best_is_written_it_goes_on_with_it(
+    epochs_in_all, killed_at, clips, folder, tmp_path, monkeypatch
+):
+    config = changed(epochs=epochs_in_all, learning_rate=5e-3)  # every epoch is better than the one before
+    assert run(folder, clips, tmp_path / "whole", config=config).best_epoch == epochs_in_all
+    calls = count(1)
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(*arguments):
+        if next(calls) == killed_at:
+            raise KeyboardInterrupt
+        save_checkpoint(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr("aesanet.training.trainer.save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             run(folder, clips, tmp_path / "parts", config=config)
-    assert not (tmp_path / "parts" / "best.safetensors").exists()
+    assert (tmp_path / "parts" / "best.safetensors").exists() == (killed_at > 1)
     assert run(folder, clips, tmp_path / "parts", config=config).finished
     same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -667,6 +672,23 @@ def test_the_command_refuses_what_cannot_be(command, folder, tmp_path):
         result = in_process(command, "--out", tmp_path, *more)
         assert isinstance(result.exception, AesanetError)
         assert message in str(result.exception)
+
+
+def test_the_command_keeps_the_sides_apart(command, folder, tmp_path):
+    """The same audio under an id is refused; the same system, and the same bytes, are warned of."""
+    (tmp_path / "named.csv").write_text("sample_id,path,PQ\nanother-name,/your_path/0.wav,1\n")
+    refused = in_process(command, "--out", tmp_path / "out", "--validation", tmp_path / "named.csv")
+    assert isinstance(refused.exception, InputError)
+    assert "1 clips are in --labels and in --validation: another-name; a clip" in str(refused.exception)
+
+    for side, numbers in (("labels", range(8)), ("validation", range(8, 12))):
+        rows = "".join(f"{i}.wav,a-system,{i / 4}\n" for i in numbers)
+        (tmp_path / f"{side}.csv").write_text(f"path,system,PQ\n{rows}")
+    apart = [*command]
+    apart[apart.index("--labels") + 1] = tmp_path / "labels.csv"
+    done = in_process(apart, "--out", tmp_path / "out", "--validation", tmp_path / "validation.csv", "--epochs", "1")
+    assert done.exit_code == 0, done.output
+    assert "warning: 1 systems are in training and in validation: a-system\n" in done.output
 
 
 # Several processes

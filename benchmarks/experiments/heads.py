@@ -45,7 +45,7 @@ the trunk on all others."""
 
 FRAMES_PER_TOKEN: Final = PATCH_SIZE // TOKENS_PER_PATCH
 
-# Windows of half the demo's length: thirteen trainings are to take an hour on two cores, not three.
+# Windows of half the demo's length, as thirteen trainings on two cores are long.
 TRUNK_CONFIG: Final = msgspec.structs.replace(demo.CONFIG, max_seconds=3.0, triplet="none", epochs=3)
 HEAD_CONFIG: Final = TrainingConfig(
     max_seconds=TRUNK_CONFIG.max_seconds,

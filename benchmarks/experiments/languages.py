@@ -2,7 +2,7 @@
 
 No language should be better than another. What differs is the recordings: each language comes from its own packages,
 microphones and codecs, and so the table also gives their bandwidth. Of the training packages, Asterisk's telephone-band
-prompts were heard as undamaged layers of mixes, with a high PQ: only the test packages' languages are a clean reading.
+prompts were heard as undamaged layers of mixes, with a high PQ: read the languages of the other splits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

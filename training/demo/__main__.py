@@ -71,7 +71,7 @@ def train(work: Path, out: Path) -> None:
 @click.option("--out", default=RESULTS, show_default=True, type=click.Path(path_type=Path))
 def evaluate(work: Path, checkpoint: Path, out: Path) -> None:
     """Score the held-out packages and the machine-made audio, with the checkpoint and with the baseline."""
-    _tell_other_versions(sources.fetch(packages_folder(work)), checkpoint.with_name("training.json"))
+    tell_other_versions(sources.fetch(packages_folder(work)), checkpoint.with_name("training.json"))
     synthetic.generate(packages_folder(work))
     audio = rendered(work, ("train", "test", "synthetic"))
     references = {one.id: one for one in read_table(REFERENCES_FILE, Reference)}
@@ -92,7 +92,7 @@ def evaluate(work: Path, checkpoint: Path, out: Path) -> None:
     write_results(rows, out)
 
 
-def _tell_other_versions(found: Mapping[str, str], account: Path) -> None:
+def tell_other_versions(found: Mapping[str, str], account: Path) -> None:
     """What is measured on other packages than were trained on is said to be."""
     if account.exists():
         before = json.loads(account.read_text())["packages"]

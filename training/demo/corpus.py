@@ -46,7 +46,7 @@ def rendered(work: Path, splits: Collection[DemoSplit]) -> Path:
 
 
 def with_noise_floor(audio: Path, clips: Collection[DemoClip], folder: Path) -> Path:
-    """Copies of clips with white noise at NOISE_FLOOR_DB below their RMS, so that no silence tells one from another."""
+    """Copies of clips with white noise at NOISE_FLOOR_DB relative to their RMS: none has digital silence any more."""
     folder.mkdir(exist_ok=True)
     for clip in clips:
         x, _ = soundfile.read(audio / f"{clip.id}.flac")
