@@ -1,6 +1,7 @@
 """The paper's experiments, small: every variant is trained and tested, and nothing leaks from trunk to heads."""
 
 import csv
+import itertools
 from collections import defaultdict
 
 import msgspec
@@ -10,6 +11,7 @@ import soundfile
 import torch
 from conftest import ROOT
 
+from aesanet.axes import AXES
 from aesanet.benchmarks.experiments import heads
 from aesanet.benchmarks.experiments.languages import language_table, plot_languages
 from aesanet.lengths import num_frames, num_tokens
@@ -94,6 +96,17 @@ def test_every_variant_is_trained_and_tested(small, tmp_path):
     assert len(lines) == 2 + 2 * 2 * len(heads.VARIANTS)
     mean, deviation = np.mean(loudness[::2]), np.std(loudness[::2], ddof=1)
     assert f"| SRCC | natural | log-mel | random | {mean:.3f} ± {deviation:.3f} | - | - |" in "\n".join(lines)
+
+
+def test_the_committed_experiments_are_whole_and_documented():
+    with open(ROOT / "benchmarks" / "results" / "experiments.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = {(row["features"], row["triplet"], row["seed"], row["tested_on"], row["axis"]) for row in rows}
+    expected = itertools.product(heads.VARIANTS, heads.SEEDS, heads.NATURES.values(), AXES)
+    assert keys == {(v.features, v.triplet, str(seed), nature, axis) for v, seed, nature, axis in expected}
+    assert len(rows) == len(keys)
+    assert all(row["processor"] and row["torch"] and int(row["clips"]) > 300 for row in rows)
+    assert heads.head_table(rows) in (ROOT / "docs" / "experiments.md").read_text()
 
 
 def test_the_committed_languages_can_be_drawn(tmp_path):
