@@ -4,6 +4,7 @@ from setuptools import setup
 
 ROOMS = (
     "models",
+    "models.demo",
     "export",
     "runtime",
     "runtime.backends",
@@ -17,5 +18,5 @@ ROOMS = (
 setup(
     packages=["aesanet", *(f"aesanet.{room}" for room in ROOMS)],
     package_dir={"aesanet": "aesanet", **{f"aesanet.{room}": room.replace(".", "/") for room in ROOMS}},
-    package_data={"aesanet": ["py.typed"]},
+    package_data={"aesanet": ["py.typed"], "aesanet.models.demo": ["samples/*"]},
 )

@@ -10,11 +10,15 @@ from aesanet.errors import BundleError
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MEL_BINS, SAMPLE_RATE, WindowPolicy
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_NAME: Final = "bundle.json"
 
 GraphName = Literal["frontend", "encoder", "head"]
 GRAPH_NAMES: Final[tuple[GraphName, ...]] = ("frontend", "encoder", "head")
+HALF_GRAPH_NAMES: Final[tuple[GraphName, ...]] = ("encoder", "head")
+"""The front end has no FP16 graph: half precision moves log-mel by whole units."""
+
+GraphPrecision = Literal["fp32", "fp16"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,7 +34,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     file: str
     sha256: str
-    precision: Literal["fp32"]
+    precision: GraphPrecision
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -70,6 +74,24 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cases: tuple[ParityCase, ...]
 
 
+class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The FP16 graphs of a bundle, and how far they were from its FP32 graphs on real audio: the worst over all clips.
+
+    `logits` is the type in which attention logits leave their matrix product (see docs/precision.md);
+    `features_relative` is |fp16 - fp32| / |fp32| of a clip's features, as Euclidean norms.
+    """
+
+    graphs: dict[GraphName, GraphSpec]
+    logits: GraphPrecision
+    engine: str
+    clips: int
+    seconds: float
+    features_relative: float
+    scores_max_abs: float
+    features_limit: float
+    scores_limit: float
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`bundle.json`."""
 
@@ -84,6 +106,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     source: Source
     tools: dict[str, str]
     parity: Parity
+    half: Half | None = None
+    engines: dict[str, str] = {}
+    """Of each compiled engine, by its key: the sha256 of `engines/<key>/engine.json`, which has those of its plans."""
 
 
 def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -120,15 +145,15 @@ def read_manifest(bundle: str | Path) -> Manifest:
         ("axes", manifest.axes, AXES),
         ("sample_rate", manifest.sample_rate, SAMPLE_RATE),
         ("graphs", tuple(manifest.graphs), GRAPH_NAMES),
+        ("half.graphs", tuple(manifest.half.graphs if manifest.half else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
     ):
         if found != expected:
             raise BundleError(f"{path}: {field} is {found}; expected {expected}; export the checkpoint again")
     return manifest
 
 
-def graph_file(bundle: str | Path, manifest: Manifest, graph: GraphName) -> Path:
+def graph_file(bundle: str | Path, spec: GraphSpec) -> Path:
     """The path of a graph's ONNX file, once its hash was seen to be the manifest's; raises BundleError."""
-    spec = manifest.graphs[graph]
     path = Path(bundle) / spec.file
     if Path(spec.file).name != spec.file or not path.is_file():
         raise BundleError(f"{path}: no such file in the bundle; export the checkpoint again")

@@ -3,6 +3,7 @@
 AesanetError
 +-- CheckpointError   a checkpoint file that cannot be loaded             (ValueError)
 +-- ExportError       a model that could not be exported, or failed its check  (RuntimeError)
++-- CompileError      a bundle that TensorRT cannot compile here          (RuntimeError)
 +-- TrainingError     a training run that cannot go on                    (RuntimeError)
 +-- BundleError       a bundle folder that is damaged or of another kind  (ValueError)
 +-- BackendError      an engine that is missing or cannot run here        (RuntimeError)
@@ -38,6 +39,10 @@ class CheckpointError(AesanetError, ValueError):
 
 class ExportError(AesanetError, RuntimeError):
     """A model that could not be exported, or whose export does not give the model's scores."""
+
+
+class CompileError(AesanetError, RuntimeError):
+    """A bundle that TensorRT could not compile; the message has its own reason."""
 
 
 class TrainingError(AesanetError, RuntimeError):

@@ -2,6 +2,41 @@
 
 import os
 import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import Final
+
+from aesanet.errors import BackendError
+
+_GPU_QUERY: Final = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU as its driver tells of it."""
+
+    name: str
+    capability: str
+    """Compute capability, such as "9.0"."""
+    driver: str
+    memory_mib: int
+
+
+def list_gpus() -> list[Gpu]:
+    """What NVIDIA's own tool lists, which comes with the driver; raises BackendError."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        raise BackendError("none (no nvidia-smi, so no NVIDIA driver)")
+    try:
+        found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        raise BackendError("nvidia-smi did not answer within 30 s") from None
+    if found.returncode != 0:
+        raise BackendError(f"nvidia-smi failed: {(found.stderr or found.stdout).strip()}")
+    if not found.stdout.strip():
+        raise BackendError("nvidia-smi lists no GPU")
+    rows = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
+    return [Gpu(name, capability, driver, int(memory)) for name, capability, driver, memory in rows]
 
 
 def processor_name() -> str:

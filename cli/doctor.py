@@ -1,15 +1,14 @@
 """`aesanet doctor`: what works on this machine, and how to get what does not."""
 
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import click
 
 from aesanet import __version__
-from aesanet.machine import processor_name, usable_cores
+from aesanet.errors import BackendError
+from aesanet.machine import list_gpus, processor_name, usable_cores
 
 # What to install for a command, and the packages that it then finds.
 _PACKAGES = {
@@ -18,7 +17,6 @@ _PACKAGES = {
     "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
     "aesanet[rtx]": ("tensorrt-rtx",),
 }
-_GPU_QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
 
 
 @click.command()
@@ -27,7 +25,6 @@ def doctor() -> None:
 
     Exit status: 0 when at least one engine can score, 2 when none can.
     """
-    from aesanet.errors import BackendError
     from aesanet.runtime.backends import supported_backends
 
     click.echo(f"aesanet {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -65,16 +62,13 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> Iterator[str]:
-    """What NVIDIA's own tool lists; it comes with the driver, so without it there is no usable GPU."""
-    if (tool := shutil.which("nvidia-smi")) is None:
-        yield "none (no nvidia-smi, so no NVIDIA driver)"
-        return
     try:
-        found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
-    except subprocess.TimeoutExpired:
-        yield "nvidia-smi did not answer within 30 s"
+        gpus = list_gpus()
+    except BackendError as error:
+        yield str(error)
         return
-    yield from found.stdout.splitlines() if found.returncode == 0 else [f"nvidia-smi failed: {found.stderr.strip()}"]
+    for gpu in gpus:
+        yield f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory_mib} MiB"
 
 
 def _codecs() -> Iterator[str]:

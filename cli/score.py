@@ -43,10 +43,10 @@ _WORTH = {
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the encoder; the front end and the head are FP32.",
+    help="bf16 is of the encoder alone, fp16 of encoder and head; the front end is always FP32.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]")
 def score(

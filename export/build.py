@@ -1,9 +1,10 @@
 """Checkpoint to bundle: load, export, check, write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx
 import onnxruntime
 import onnxscript
@@ -12,6 +13,7 @@ import torch
 from aesanet import __version__
 from aesanet.bundle import GRAPH_NAMES, GraphName, GraphSpec, Manifest, Source
 from aesanet.export.graph import export_graph
+from aesanet.export.half import add_half
 from aesanet.export.parity import measure_parity
 from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.hashing import file_sha256
@@ -24,11 +26,14 @@ def export_bundle(
     checkpoint: str | Path,
     out: str | Path,
     beats: str | Path | None = None,
+    half_on: Sequence[np.ndarray] = (),
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder at `out`, which takes its place only after it passed the parity check.
 
     checkpoint, beats : as `load_checkpoint` takes them
+    half_on           : real audio, each clip float32 [samples] at 16 kHz: FP16 graphs are made too, and must give the
+                        FP32 graphs' scores on each clip's first window
     progress          : called with a line about each step as it begins
 
     Raises CheckpointError or ExportError; a bundle that was at `out` is then left as it was.
@@ -41,6 +46,9 @@ def export_bundle(
             progress(f"exporting {name}")
             graphs[name] = export_graph(model, name, folder / f"{name}.onnx")
         progress("comparing ONNX Runtime with PyTorch")
+        parity = measure_parity(model, folder)
+        windows = [clip[: model.config.window.window_samples] for clip in half_on]
+        half = add_half(folder, graphs, windows, progress) if windows else None
         head = model.config.head
         manifest = Manifest(
             window=model.config.window,
@@ -55,7 +63,8 @@ def export_bundle(
                 config=msgspec.to_builtins(model.config),
             ),
             tools={"aesanet": __version__, **{tool.__name__: str(tool.__version__) for tool in _TOOLS}},
-            parity=measure_parity(model, folder),
+            parity=parity,
+            half=half,
         )
         write_manifest(folder, manifest)
     return manifest

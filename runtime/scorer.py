@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 import numpy as np
 
 from aesanet.axes import AXES
-from aesanet.bundle import GRAPH_NAMES, Manifest, graph_file, read_manifest
+from aesanet.bundle import Manifest, graph_file, read_manifest
 from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 from aesanet.runtime.backends import BackendName, open_backend
@@ -67,7 +67,11 @@ class Scorer:
         Raises BundleError (a damaged bundle) or BackendError (no such engine here).
         """
         manifest = read_manifest(bundle)
-        files = BundleFiles(manifest, *(graph_file(bundle, manifest, name) for name in GRAPH_NAMES))
+        files = BundleFiles(
+            manifest,
+            {name: graph_file(bundle, spec) for name, spec in manifest.graphs.items()},
+            {name: graph_file(bundle, spec) for name, spec in manifest.half.graphs.items()} if manifest.half else {},
+        )
         engine, reason = open_backend(files, backend, device, precision, threads)
         return cls(manifest, engine, reason)
 

@@ -188,3 +188,26 @@ def synthetic_audio(rng, seconds):
         "clicks": np.where(rng.uniform(size=samples) < 0.001, rng.uniform(-1, 1, samples), 0),
     }
     return {name: np.clip(wave, -1, 1 - 2**-15).astype(np.float32) for name, wave in audio.items()}
+
+
+def make_loud(model, logit):
+    """Give a model, in place, activations on the scale of trained transformers.
+
+    A few channels of every norm stand far out, and the queries and keys of a head share a direction, which raises all
+    attention logits by about `logit`. In exact arithmetic what all keys have in common changes no softmax.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width, heads = model.config.beats.encoder_embed_dim, model.config.beats.encoder_attention_heads
+    with torch.no_grad():
+        for layer in model.encoder.beats.layers:
+            for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
+                channels = torch.randperm(width, generator=generator)[: max(1, width // 200)]
+                norm.weight[channels] *= 12.0
+            layer.fc1.weight.mul_(3)
+            layer.fc2.weight.mul_(6)
+            direction = torch.nn.functional.normalize(torch.randn(heads, width // heads, generator=generator))
+            shared = (direction * (logit * (width // heads) ** 0.5) ** 0.5).flatten()
+            layer.self_attn.q_proj.bias.add_(shared)
+            layer.self_attn.k_proj.bias.add_(shared)
+            layer.self_attn.grep_linear.weight.div_(8)  # which sees the queries too
+    return model

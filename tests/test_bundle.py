@@ -17,7 +17,7 @@ def bundle(tiny_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda m: m.update(schema_version=2), "schema_version is 2"),
+        (lambda m: m.update(schema_version=1), "schema_version is 1"),
         (lambda m: m.pop("schema_version"), "schema_version is None"),
         (lambda m: m.update(axes=["PQ", "PC", "CE", "CU"]), r"axes is \('PQ'"),
         (lambda m: m.update(sample_rate=44_100), "sample_rate is 44100"),

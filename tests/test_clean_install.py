@@ -14,7 +14,7 @@ from conftest import RECORDINGS, ROOT
 def test_scoring_needs_neither_torch_nor_onnx(tiny_bundle, tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # a build leaves files behind
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "samples"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info"))
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("aesanet-*.whl")
     venv.create(tmp_path / "venv", with_pip=False)
@@ -30,6 +30,9 @@ def test_scoring_needs_neither_torch_nor_onnx(tiny_bundle, tmp_path):
     assert not packages & {"torch", "onnx", "onnxscript", "safetensors", "openvino"}
     tops = run(python, "-c", "import importlib.metadata as m; print(*{f.parts[0] for f in m.files('aesanet')})").split()
     assert {name for name in tops if not name.endswith(".dist-info") and name != ".."} == {"aesanet"}
+
+    assert run(python, "-c", "from aesanet.models.demo import samples; print(len(samples()))").strip() == "8"
+    assert wheel.stat().st_size < 3e6
 
     command = tmp_path / "venv" / "bin" / "aesanet"
     rows = [json.loads(line) for line in run(command, "score", tiny_bundle, *RECORDINGS).splitlines()]

@@ -17,6 +17,7 @@ _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
 
 # Fastest first: on CPUs by benchmarks/results/backends.csv, and a GPU before any CPU.
 _FASTEST_FIRST: tuple[tuple[BackendName, Device, Precision, str], ...] = (
+    ("onnxruntime", "cuda", "fp16", "a CUDA GPU is here, and the bundle has FP16 graphs"),
     ("onnxruntime", "cuda", "fp32", "a CUDA GPU is here"),
     ("openvino", "cpu", "bf16", "the fastest here: this processor computes in bf16"),
     ("openvino", "cpu", "fp32", "the fastest FP32 on a CPU"),
@@ -44,13 +45,16 @@ def open_backend(
     failed: list[str] = []
     for engine, on, in_precision, reason in _FASTEST_FIRST:
         asked = (name in ("auto", engine), device in ("auto", on), precision in ("auto", in_precision))
-        if all(asked) and (on, in_precision) in here[engine].runs:
+        in_bundle = in_precision != "fp16" or files.fp16
+        if all(asked) and in_bundle and (on, in_precision) in here[engine].runs:
             try:
                 backend = _ENGINES[engine][0](files, on, in_precision, threads)
             except Exception as error:  # engines raise what they like; the next one may do
                 failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
                 continue
             return backend, "; ".join(failed) or (reason if name == "auto" else "as asked")
+    if precision == "fp16" and not files.fp16:
+        failed.append("the bundle has no FP16 graphs: export the checkpoint again with --fp16")
     found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(
         f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found})"

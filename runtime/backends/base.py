@@ -1,14 +1,15 @@
 """What every engine offers, and no more: scores of a padded batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from aesanet.bundle import Manifest
+from aesanet.bundle import GraphName, Manifest
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -33,9 +34,9 @@ class BundleFiles:
     """A bundle whose manifest and graph files were checked, as engines take it."""
 
     manifest: Manifest
-    frontend: Path
-    encoder: Path
-    head: Path
+    fp32: Mapping[GraphName, Path]
+    fp16: Mapping[GraphName, Path]
+    """Encoder and head, or nothing where the bundle was made without."""
 
 
 @dataclass(frozen=True)

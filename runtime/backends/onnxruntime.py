@@ -1,9 +1,10 @@
-"""ONNX Runtime: FP32 on every processor, and on NVIDIA GPUs where onnxruntime-gpu is installed."""
+"""ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
 from typing import Any
 
 import numpy as np
 
+from aesanet.bundle import GRAPH_NAMES
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
 from aesanet.runtime.backends.base import BundleFiles, Device, Precision, Support
@@ -21,9 +22,9 @@ class OnnxRuntimeBackend:
         # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
         providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if device == "cuda" else []
         providers.append("CPUExecutionProvider")
+        paths = {**files.fp32, **(files.fp16 if precision == "fp16" else {})}
         self._frontend, self._encoder, self._head = (
-            onnxruntime.InferenceSession(path, options, providers=providers)
-            for path in (files.frontend, files.encoder, files.head)
+            onnxruntime.InferenceSession(paths[name], options, providers=providers) for name in GRAPH_NAMES
         )
         # A provider that cannot start is passed over with no error.
         if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
@@ -47,7 +48,7 @@ def support() -> Support:
         return Support(None, (), "not installed: pip install 'aesanet[cpu]', or onnxruntime-gpu for CUDA")
     runs: list[tuple[Device, Precision]] = [("cpu", "fp32")]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        runs.insert(0, ("cuda", "fp32"))
+        runs = [("cuda", "fp16"), ("cuda", "fp32"), *runs]
     return Support(
         onnxruntime.__version__, tuple(runs), "providers " + ", ".join(onnxruntime.get_available_providers())
     )

@@ -28,9 +28,9 @@ class OpenVINOBackend:
         def request(path: Path, hint: str) -> Any:
             return core.compile_model(path, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
 
-        self._frontend = request(files.frontend, "f32")
-        self._encoder = request(files.encoder, _HINTS[precision])
-        self._head = request(files.head, "f32")
+        self._frontend = request(files.fp32["frontend"], "f32")
+        self._encoder = request(files.fp32["encoder"], _HINTS[precision])
+        self._head = request(files.fp32["head"], "f32")
         self.name = f"openvino {version('openvino')} {device} {precision}"
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

@@ -1,0 +1,201 @@
+"""ONNX to a TensorRT plan: one code path for TensorRT and TensorRT-RTX, which share the names that it takes.
+
+What only one has is looked up and not assumed: RTX builds for GPUs that are not here, TensorRT for the one that is.
+"""
+
+import importlib
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from aesanet.bundle import GraphSpec
+from aesanet.errors import CompileError
+from aesanet.export.profiles import Profile
+
+Flavour = Literal["tensorrt", "rtx"]
+MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+
+_SECONDS_BETWEEN_NEWS: Final = 5.0
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan depends on beside its graph.
+
+    capabilities : of the GPUs to build for, such as "8.9"; empty for the GPU that is here
+    level        : how long the builder searches, 0 to 5, or None for its own choice
+    workspace    : GiB that a kernel may use, or None for all there is
+    """
+
+    profiles: tuple[Profile, ...]
+    capabilities: tuple[str, ...] = ()
+    level: int | None = None
+    workspace: float | None = None
+
+
+class BuiltPlan(msgspec.Struct, frozen=True):
+    """A plan and what is known of it. `layers` counts types of the parsed network, as "MATRIX_MULTIPLY HALF"."""
+
+    plan: bytes
+    seconds: float
+    layers: dict[str, int]
+    activation_bytes: tuple[int, ...]
+
+
+def load_library(flavour: Flavour) -> Any:
+    """TensorRT's or TensorRT-RTX's module; raises CompileError with what to install."""
+    try:
+        return importlib.import_module(MODULES[flavour])
+    except ImportError as error:
+        extra = {"tensorrt": "gpu", "rtx": "rtx"}[flavour]
+        raise CompileError(f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{extra}]'") from None
+
+
+def cuda_of_library(flavour: Flavour) -> str:
+    """CUDA's major version that the installed library is of, from its package's name; "unknown" if none says it."""
+    for major in range(11, 20):
+        try:
+            version(f"{MODULES[flavour]}_cu{major}")
+        except PackageNotFoundError:
+            continue
+        return str(major)
+    return "unknown"
+
+
+def build_plan(
+    trt: Any,
+    path: Path,
+    spec: GraphSpec,
+    settings: Settings,
+    tf32: bool,
+    log: list[str],
+    progress: Callable[[str], None] = lambda step: None,
+) -> BuiltPlan:
+    """Parse one ONNX file and build its plan, strongly typed: every tensor has the type that the file says.
+
+    tf32 : whether FP32 products may round their factors to ten bits
+    log  : receives the library's own lines
+
+    Raises CompileError with the parser's or the builder's reason.
+    """
+    before = len(log)
+    logger = _logger(trt, log)
+    builder = _builder(trt, logger, log)
+    network = parse(trt, builder, logger, path)
+    config = builder.create_builder_config()
+    # On by default, and it moves log-mel by up to 5.5.
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    if settings.level is not None:
+        config.builder_optimization_level = settings.level
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, round(settings.workspace * 2**30))
+    for profile in settings.profiles:
+        shapes = builder.create_optimization_profile()
+        for given in spec.inputs:
+            shapes.set_shape(given.name, *profile.shapes(given))
+        if config.add_optimization_profile(shapes) < 0:
+            raise CompileError(f"{path.name}: profile {profile} was refused: {_last(log)}")
+    _set_capabilities(trt, config, settings.capabilities)
+    config.progress_monitor = _monitor(trt, lambda phase: progress(f"{path.name}: {phase}"))
+    started = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise CompileError(f"{path.name} could not be built: {_last(log)}")
+    return BuiltPlan(
+        plan=bytes(plan),
+        seconds=time.monotonic() - started,
+        layers=dict(sorted(Counter(f"{kind} {dtype}" for _, kind, dtype in layer_types(network)).items())),
+        activation_bytes=tuple(
+            int(n) for line in log[before:] for n in re.findall(r"Total Activation Memory: (\d+) bytes", line)
+        ),
+    )
+
+
+def parse(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
+    """The network of an ONNX file; raises CompileError with node, operator and reason of each refusal."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other networks
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(path.read_bytes()):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = "; ".join(f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
+        raise CompileError(f"{path.name}: {trt.__name__} {trt.__version__} cannot take it: {reasons}")
+    return network
+
+
+def layer_types(network: Any) -> list[tuple[str, str, str]]:
+    """Name, kind and output type of every layer of a parsed network."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return [(layer.name, layer.type.name, layer.get_output(0).dtype.name) for layer in layers if layer.num_outputs]
+
+
+def known_capabilities(trt: Any) -> dict[str, Any]:
+    """Compute capabilities that the library can build for without such a GPU: "8.9" and its own name for it."""
+    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
+
+
+def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
+    known = known_capabilities(trt)
+    if unknown := [capability for capability in capabilities if capability not in known]:
+        can = f"builds for {', '.join(known)}" if known else "builds for the GPU that is here alone"
+        raise CompileError(f"compute capability {', '.join(unknown)}: {trt.__name__} {trt.__version__} {can}")
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        if not config.set_compute_capability(known[capability], index):
+            raise CompileError(f"compute capability {capability} was refused by {trt.__name__} {trt.__version__}")
+
+
+def _builder(trt: Any, logger: Any, log: list[str]) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError:  # that pybind11 raises for a null pointer
+        raise CompileError(f"{trt.__name__} {trt.__version__} did not start; is there a GPU? {_last(log)}") from None
+
+
+def _last(log: Sequence[str]) -> str:
+    """The library's last complaint."""
+    complaints = [line for line in log if line.startswith(("ERROR", "INTERNAL_ERROR"))]
+    return (complaints or ["no reason was given; see build.log"])[-1]
+
+
+def _logger(trt: Any, log: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.INFO:
+                log.append(f"{severity.name} {message}")
+
+    return Logger()
+
+
+def _monitor(trt: Any, news: Callable[[str], None]) -> Any:
+    """Tells of the outermost phases, at most every few seconds."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.told = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if time.monotonic() - self.told >= _SECONDS_BETWEEN_NEWS:
+                self.told = time.monotonic()
+                news(f"{phase_name}, {step + 1} of {self.steps.get(phase_name, 0)}")
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()

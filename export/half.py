@@ -1,0 +1,125 @@
+"""The FP16 graphs of a bundle: written, and let in only if their scores are the FP32 graphs' on real audio.
+
+They are run by ONNX Runtime on a CPU, which computes half operators in FP32 and leaves out the roundings between them:
+tried, the product of two half matrices came out with 24 bits. So what is run is the graph with two Identities after
+every half tensor, and without optimisation: Identity has a half kernel, and what enters it is rounded. (One alone,
+between nodes that have no such kernel, is computed in FP32 like them.)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from aesanet.bundle import HALF_GRAPH_NAMES, GraphName, GraphPrecision, GraphSpec, Half
+from aesanet.errors import ExportError
+from aesanet.export.precision import to_half
+from aesanet.hashing import file_sha256
+from aesanet.lengths import SAMPLE_RATE, num_tokens
+
+FEATURES_LIMIT: Final = 5e-3
+SCORES_LIMIT: Final = 0.02
+
+_LOGITS: Final[tuple[GraphPrecision, ...]] = ("fp16", "fp32")  # the faster first
+
+Sessions = Mapping[GraphName, onnxruntime.InferenceSession]
+
+
+def add_half(
+    folder: Path,
+    graphs: Mapping[GraphName, GraphSpec],
+    clips: Sequence[np.ndarray],
+    progress: Callable[[str], None] = lambda step: None,
+) -> Half:
+    """Write `encoder.fp16.onnx` and `head.fp16.onnx` beside the FP32 graphs in `folder`.
+
+    clips : each float32 [samples], 16 kHz, real audio; scored alone, FP16 against FP32
+
+    Attention logits are rounded to half if that keeps the limits, as it is faster, and else stay FP32. Raises
+    ExportError, with what was measured both ways, if neither does.
+    """
+    reference = {name: _session(folder / spec.file) for name, spec in graphs.items()}
+    tried = []
+    for logits in _LOGITS:
+        progress(f"rounding to FP16, attention logits in {logits}")
+        specs = {name: _write_half(folder, graphs[name], logits) for name in HALF_GRAPH_NAMES}
+        half = {name: _session_as_written(folder / spec.file) for name, spec in specs.items()}
+        features, scores = _worst_differences(reference, half, clips)
+        if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+            return Half(
+                graphs=specs,
+                logits=logits,
+                engine=f"onnxruntime {onnxruntime.__version__}, CPU, every half tensor rounded",
+                clips=len(clips),
+                seconds=sum(map(len, clips)) / SAMPLE_RATE,
+                features_relative=features,
+                scores_max_abs=scores,
+                features_limit=FEATURES_LIMIT,
+                scores_limit=SCORES_LIMIT,
+            )
+        tried.append(f"{features:.1e} and {scores:.1e} with logits in {logits}")
+    raise ExportError(
+        f"FP16 does not keep this checkpoint's scores: features (relative) and scores differ by {', '.join(tried)}; "
+        f"limits {FEATURES_LIMIT:.0e} and {SCORES_LIMIT:.0e}. Export without --fp16, and use fp32 or bf16"
+    )
+
+
+def _write_half(folder: Path, spec: GraphSpec, logits: GraphPrecision) -> GraphSpec:
+    model = ir.load(folder / spec.file)
+    to_half(model, logits)
+    path = folder / f"{Path(spec.file).stem}.fp16.onnx"
+    ir.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
+    return msgspec.structs.replace(spec, file=path.name, sha256=file_sha256(path), precision="fp16")
+
+
+def round_as_written(model: ir.Model) -> None:
+    """Put two Identities after every half tensor that a node computes."""
+    for node in list(model.graph):
+        for value in node.outputs:
+            if value.dtype != ir.DataType.FLOAT16:
+                continue
+            uses, last, after = value.uses(), value, node
+            for number in (1, 2):
+                identity = ir.node("Identity", [last])
+                model.graph.insert_after(after, identity)
+                (last,), after = identity.outputs, identity
+                last.name, last.dtype, last.shape = f"{value.name}.rounded{number}", value.dtype, value.shape
+            for user, position in uses:
+                user.replace_input_with(position, last)
+
+
+def _session_as_written(path: Path) -> onnxruntime.InferenceSession:
+    model = ir.load(path)
+    round_as_written(model)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _session(ir.to_proto(model).SerializeToString(), options)
+
+
+def _session(model: Path | bytes, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _worst_differences(reference: Sessions, half: Sessions, clips: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Relative error of features and largest difference of scores; a NaN anywhere makes its own NaN."""
+    features, scores = [], []
+    for clip in clips:
+        tokens = num_tokens(np.array([len(clip)]))
+        (fbank,) = reference["frontend"].run(["fbank"], {"waveform": clip[None]})
+        expected, found = (_features_and_scores(sessions, fbank, tokens) for sessions in (reference, half))
+        with np.errstate(invalid="ignore", over="ignore"):
+            features.append(np.linalg.norm(found[0] - expected[0]) / np.linalg.norm(expected[0]))
+            scores.append(np.abs(found[1] - expected[1]).max())
+    return float(np.max(features)), float(np.max(scores))  # of anything and NaN, NaN
+
+
+def _features_and_scores(sessions: Sessions, fbank: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    (features,) = sessions["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
+    (scores,) = sessions["head"].run(["scores"], {"features": features, "num_tokens": tokens})
+    return features, scores

@@ -1,0 +1,58 @@
+"""Which batches an engine is built for: a few profiles, each from one clip up to a full batch of its longest clips."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from aesanet.bundle import TensorSpec
+from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
+
+MAX_SECONDS: Final = 600.0
+MAX_BATCH: Final = 4096
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Batches of 1 to `max_batch` clips, padded to `min_seconds` to `max_seconds`.
+
+    Kernels are chosen for the largest batch of the longest clips, as that is what runs most when many are scored.
+    """
+
+    min_seconds: float
+    max_seconds: float
+    max_batch: int
+
+    def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Smallest, best and largest shape of an input."""
+        short, long = (round(seconds * SAMPLE_RATE) for seconds in (self.min_seconds, self.max_seconds))
+        smallest, largest = _shape(spec, 1, short), _shape(spec, self.max_batch, long)
+        return smallest, largest, largest
+
+
+def default_profiles(window_seconds: float) -> tuple[Profile, ...]:
+    """Short clips up to 2 s, a bundle's windows, and clips up to 30 s whole; about ten minutes of audio a batch."""
+    batch_of = {2.0: 128, 30.0: 20} | {window_seconds: min(128, max(1, round(640 / window_seconds)))}
+    return make_profiles(list(batch_of.items()))
+
+
+def make_profiles(bounds: Sequence[tuple[float, int]]) -> tuple[Profile, ...]:
+    """(longest seconds, largest batch) pairs to profiles that follow each other; raises ValueError."""
+    profiles: list[Profile] = []
+    start = MIN_SAMPLES / SAMPLE_RATE
+    for seconds, batch in sorted(bounds):
+        if not start <= seconds <= MAX_SECONDS or (profiles and seconds == start):
+            raise ValueError(
+                f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s, each once"
+            )
+        if not 1 <= batch <= MAX_BATCH:
+            raise ValueError(f"a profile of {batch} clips; it must be from 1 to {MAX_BATCH}")
+        profiles.append(Profile(start, seconds, batch))
+        start = seconds
+    if not profiles:
+        raise ValueError("no profile; give at least one, such as 10:64")
+    return tuple(profiles)
+
+
+def _shape(spec: TensorSpec, batch: int, samples: int) -> tuple[int, ...]:
+    sizes = {"batch": batch, "samples": samples, "frames": num_frames(samples), "tokens": num_tokens(samples)}
+    return tuple(size if isinstance(size, int) else sizes[size] for size in spec.shape)

@@ -1,0 +1,354 @@
+"""Engines, built by the real TensorRT-RTX: types as written, keys that miss nothing, refusals with their reason."""
+
+import json
+import os
+import re
+import shutil
+import types
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+from conftest import RECORDINGS
+from helpers import make_loud
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
+from aesanet.cli.main import cli, main
+from aesanet.engines import engine_key, read_engine
+from aesanet.errors import BackendError, BundleError, CompileError
+from aesanet.export import engine as engine_room
+from aesanet.export import half as half_room
+from aesanet.export.build import export_bundle
+from aesanet.export.compile import choose_flavour, compile_bundle
+from aesanet.export.engine import Settings, build_plan, known_capabilities, layer_types, load_library, parse
+from aesanet.export.graph import export_graph
+from aesanet.export.half import add_half
+from aesanet.export.precision import to_half
+from aesanet.export.profiles import default_profiles, make_profiles
+from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
+from aesanet.machine import list_gpus
+from aesanet.models.config import AESANetConfig
+from aesanet.models.untrained import untrained_model
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.rows import Clip
+
+SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
+SMALL_TWO = Settings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
+ISLANDS = {"NORMALIZATION", "SOFTMAX", "REDUCE", "LOOP_OUTPUT"}
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return load_library("rtx")
+
+
+def two_seconds(path):
+    return np.concatenate(list(ClipReader(Clip(str(path), 0.0, 2.0))))
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tiny_checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("half") / "tiny.bundle"
+    export_bundle(tiny_checkpoint, out, half_on=[two_seconds(RECORDINGS[0])])
+    return out
+
+
+@pytest.fixture
+def bundle(half_bundle, tmp_path):
+    return shutil.copytree(half_bundle, tmp_path / "b")
+
+
+def parsed(trt, path):
+    """The network as TensorRT understood it; what made it must outlive it."""
+    logger = engine_room._logger(trt, [])
+    builder = trt.Builder(logger)
+    return parse(trt, builder, logger, path), builder, logger
+
+
+@pytest.mark.parametrize("logits", ["fp16", "fp32"])
+@pytest.mark.parametrize("name", HALF_GRAPH_NAMES)
+def test_tensorrt_reads_the_types_that_were_written(trt, tiny_bundle, tmp_path, name, logits):
+    model = ir.load(tiny_bundle / f"{name}.onnx")
+    to_half(model, logits)
+    ir.save(model, tmp_path / "half.onnx")
+    network, *_alive = parsed(trt, tmp_path / "half.onnx")
+    graph = onnx.load(tmp_path / "half.onnx").graph
+    operators = [node.op_type for node in graph.node]
+    softmaxes, lstms = operators.count("Softmax"), operators.count("LSTM")
+    layers = layer_types(network)
+    products = [dtype for _, kind, dtype in layers if kind in ("MATRIX_MULTIPLY", "CONVOLUTION")]
+    kept = softmaxes if logits == "fp32" else 0
+    assert products.count("FLOAT") == kept + 2 * lstms  # a step of an LSTM multiplies input and state
+    assert products.count("HALF") == operators.count("MatMul") + operators.count("Conv") - kept
+    assert {dtype for _, kind, dtype in layers if kind in ISLANDS} == {"FLOAT"}
+    assert sum(kind == "SOFTMAX" for _, kind, _ in layers) == softmaxes > 0
+    inputs, outputs = signature(name, 32)
+    for index, spec in enumerate(inputs):
+        found = network.get_input(index)
+        assert (found.name, found.dtype.name) == (spec.name, {"float32": "FLOAT", "int64": "INT64"}[spec.dtype])
+        assert tuple(found.shape) == tuple(-1 if isinstance(size, str) else size for size in spec.shape)
+    assert (network.get_output(0).name, network.get_output(0).dtype.name) == (outputs[0].name, "FLOAT")
+
+
+def test_the_front_end_is_all_float(trt, tiny_bundle):
+    network, *_alive = parsed(trt, tiny_bundle / "frontend.onnx")
+    assert "HALF" not in {dtype for _, _, dtype in layer_types(network)}
+
+
+def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
+    engine, built = compile_bundle(bundle, "rtx", SMALL_TWO)
+    assert built
+    manifest = read_manifest(bundle)
+    assert list(manifest.engines) == [engine.key] == [engine_key(engine.parts)]
+    assert engine.parts["encoder graph"] == manifest.half.graphs["encoder"].sha256
+    assert engine.parts["frontend graph"] == manifest.graphs["frontend"].sha256
+    assert re.fullmatch(r"tensorrt_rtx 1\.[\d.]+, CUDA \d+", engine.parts["library"])
+    assert engine.parts["profiles"] == "0.175 to 1 s x 2; 1 to 4 s x 3"
+    assert tuple(engine.plans) == GRAPH_NAMES
+    for plan in engine.plans.values():
+        assert (bundle / "engines" / engine.key / plan.file).stat().st_size == plan.size_bytes > 10_000
+        assert len(plan.activation_bytes) == 2  # one a profile
+    assert engine.plans["encoder"].layers["SOFTMAX FLOAT"] == 3
+    assert read_engine(bundle, manifest, engine.key) == engine
+    assert "Total Activation Memory" in (bundle / "engines" / "build.log").read_text()
+
+    said = []
+    assert compile_bundle(bundle, "rtx", SMALL_TWO, said.append) == (engine, False)
+    assert said == []
+    for settings, part in (
+        (SMALL, "profiles"),
+        (Settings(SMALL.profiles, capabilities=("8.9",)), "GPU"),
+        (Settings(SMALL.profiles, capabilities=("8.9",), level=1), "level"),
+        (Settings(SMALL.profiles, capabilities=("8.9",), level=1, workspace=2.0), "workspace"),
+    ):
+        said.clear()
+        other, built = compile_bundle(bundle, "rtx", settings, said.append)
+        assert built
+        assert said[0] == f"another engine than the last is needed: {part} changed"
+        assert other.key != engine.key
+    assert len(read_manifest(bundle).engines) == 5
+
+
+def test_a_damaged_engine_is_refused_and_built_anew(bundle):
+    engine, _ = compile_bundle(bundle, "rtx", SMALL)
+    plan = bundle / "engines" / engine.key / "head.plan"
+    plan.write_bytes(plan.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BundleError, match=r"head\.plan: sha256 is .* compile the bundle again"):
+        read_engine(bundle, read_manifest(bundle), engine.key)
+    said = []
+    again, built = compile_bundle(bundle, "rtx", SMALL, said.append)
+    assert built
+    assert "it is built anew" in said[0]
+    assert read_engine(bundle, read_manifest(bundle), again.key).parts == engine.parts
+
+
+def test_an_engine_that_says_it_is_another_is_refused(bundle):
+    engine, _ = compile_bundle(bundle, "rtx", SMALL)
+    path = bundle / "engines" / engine.key / "engine.json"
+    content = json.loads(path.read_text())
+    content["parts"]["GPU"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"engine\.json: sha256 is"):
+        read_engine(bundle, read_manifest(bundle), engine.key)
+
+
+def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(half_room, "_LOGITS", ("fp32",))
+    out = tmp_path / "b"
+    assert export_bundle(tiny_checkpoint, out, half_on=[two_seconds(RECORDINGS[0])]).half.logits == "fp32"
+    allowed = []
+
+    def build(trt, path, spec, settings, tf32, *rest):
+        allowed.append((path.name, tf32))
+        return build_plan(trt, path, spec, settings, tf32, *rest)
+
+    monkeypatch.setattr("aesanet.export.compile.build_plan", build)
+    engine, _ = compile_bundle(out, "rtx", SMALL)
+    assert engine.parts["TF32"] == "encoder"
+    assert allowed == [("frontend.onnx", False), ("encoder.fp16.onnx", True), ("head.fp16.onnx", False)]
+    # All float products of that encoder are logits, whose factors are half numbers (see test_precision).
+    assert engine.plans["encoder"].layers["MATRIX_MULTIPLY FLOAT"] == 3
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_which_is_on_by_default_is_what_was_asked(trt, tiny_bundle, tf32):
+    found = []
+
+    class Recording:
+        """The real builder, and what the flag is when a build begins."""
+
+        def __init__(self, logger):
+            self.real = trt.Builder(logger)
+            found.append(self.real.create_builder_config().get_flag(trt.BuilderFlag.TF32))
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def build_serialized_network(self, network, config):
+            found.append(config.get_flag(trt.BuilderFlag.TF32))
+            return self.real.build_serialized_network(network, config)
+
+    library = types.SimpleNamespace(**(vars(trt) | {"Builder": Recording}))
+    spec = read_manifest(tiny_bundle).graphs["frontend"]
+    assert build_plan(library, tiny_bundle / spec.file, spec, SMALL, tf32, []).plan
+    assert found == [True, tf32]
+
+
+def test_what_the_parser_cannot_take_is_told_with_its_node(trt, tmp_path):
+    """TensorRT has no DFT."""
+    node = helper.make_node("DFT", ["x"], ["y"], name="spectrum")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 1])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 2])
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 20)])
+    onnx.save(model, tmp_path / "dft.onnx")
+    with pytest.raises(CompileError, match=r"dft\.onnx: tensorrt_rtx [\d.]+ cannot take it: node spectrum \(DFT\): \S"):
+        parsed(trt, tmp_path / "dft.onnx")
+
+
+def test_capabilities_are_the_librarys(trt, bundle):
+    assert {"8.0", "8.9", "12.0"} <= known_capabilities(trt).keys()
+    with pytest.raises(CompileError, match=r"compute capability 9\.0: tensorrt_rtx [\d.]+ builds for 7\.5, 8\.0"):
+        compile_bundle(bundle, "rtx", Settings(SMALL.profiles, capabilities=("8.9", "9.0")))
+    assert read_manifest(bundle).engines == {}
+    assert [path.name for path in (bundle / "engines").iterdir()] == ["build.log"]
+
+
+def test_a_bundle_without_half_graphs_says_how_to_get_them(tiny_bundle):
+    with pytest.raises(BundleError, match="has no FP16 graphs; export the checkpoint again with --fp16"):
+        compile_bundle(tiny_bundle, "rtx", SMALL)
+
+
+@given(st.dictionaries(st.text(), st.text()), st.dictionaries(st.text(), st.text()))
+def test_keys_are_alike_only_if_all_parts_are(some, others):
+    assert (engine_key(some) == engine_key(others)) == (some == others)
+    assert engine_key(dict(reversed(some.items()))) == engine_key(some)
+
+
+bounds = st.lists(
+    st.tuples(st.integers(1, 600), st.integers(1, 4096)), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
+)
+
+
+@given(bounds, st.data())
+def test_profiles_cover_every_length_up_to_the_longest(pairs, data):
+    profiles = make_profiles(pairs)
+    longest = max(seconds for seconds, _ in pairs)
+    samples = data.draw(st.integers(MIN_SAMPLES, longest * SAMPLE_RATE))
+    covering = [p for p in profiles if p.min_seconds * SAMPLE_RATE <= samples <= p.max_seconds * SAMPLE_RATE]
+    assert covering
+    inputs = {spec.name: spec for name in GRAPH_NAMES for spec in signature(name, 48)[0]}
+    sizes = {
+        "waveform": (1, samples),
+        "fbank": (1, num_frames(samples), 128),
+        "features": (1, num_tokens(samples), 48),
+        "num_tokens": (1,),
+    }
+    for name, spec in inputs.items():
+        smallest, best, largest = (np.array(shape) for shape in covering[0].shapes(spec))
+        assert (smallest <= best).all()
+        assert (best <= largest).all()
+        assert (smallest <= sizes[name]).all()
+        assert (sizes[name] <= largest).all()
+        assert largest[0] == covering[0].max_batch
+
+
+@pytest.mark.parametrize("window", [0.175, 1.0, 2.0, 6.0, 10.0, 30.0, 600.0])
+def test_default_profiles_hold_the_window(window):
+    ends = [profile.max_seconds for profile in default_profiles(window)]
+    assert window in ends
+    assert ends == sorted(set(ends))
+
+
+@pytest.mark.parametrize("pairs", [[], [(0.1, 4)], [(601, 4)], [(5, 0)], [(5, 5000)], [(5, 4), (5, 8)]])
+def test_profiles_that_make_no_sense(pairs):
+    with pytest.raises(ValueError, match="profile"):
+        make_profiles(pairs)
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A program of that name that answers what it is told to, first in the path."""
+
+    def answer(script):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    return answer
+
+
+def test_gpus_are_listed_by_their_driver(nvidia_smi):
+    nvidia_smi("echo 'NVIDIA H200, 9.0, 580.1, 143771'; echo 'NVIDIA L4, 8.9, 580.1, 23034'")
+    first, second = list_gpus()
+    assert (first.name, first.capability, first.driver, first.memory_mib) == ("NVIDIA H200", "9.0", "580.1", 143771)
+    assert second.name == "NVIDIA L4"
+    assert choose_flavour("auto") == "rtx"  # as TensorRT itself is not installed
+    assert choose_flavour("tensorrt") == "tensorrt"
+    assert (
+        "GPU: NVIDIA H200, compute capability 9.0, driver 580.1, 143771 MiB"
+        in CliRunner().invoke(cli, ["doctor"]).output
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("echo no driver >&2; exit 9", "nvidia-smi failed: no driver"), ("exit 0", "nvidia-smi lists no GPU")],
+)
+def test_a_driver_without_a_gpu_is_told(nvidia_smi, script, told):
+    nvidia_smi(script)
+    with pytest.raises(BackendError, match=told):
+        list_gpus()
+    assert choose_flavour("auto") == "rtx"
+
+
+def test_the_command_says_what_went_into_the_engine(bundle, capsys):
+    for expected in ("built", "was there"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["compile", str(bundle), "--profiles", "1:2", "--capability", "8.9, 12.0"])
+        assert stopped.value.code == 0
+        out = capsys.readouterr().out
+        assert out.splitlines()[0].endswith(f": {expected}")
+        assert "GPU: compute capability 8.9, 12.0" in out
+        assert re.search(r"encoder\.plan: [\d.]+ MiB in [\d.]+ s; activations \d+ MiB", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--profiles", "ten"], "give longest seconds and largest batch, such as 2:128,10:64"),
+        (["--profiles", "10:0"], "a profile of 0 clips"),
+        (["--flavour", "tensorrt"], "tensorrt cannot be imported .*: pip install 'aesanet\\[gpu\\]'"),
+    ],
+)
+def test_the_command_refuses_with_a_reason(bundle, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", str(bundle), *arguments])
+    assert stopped.value.code == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, tmp_path, measured):
+    """Twelve layers with outlying channels and attention logits of 400; all graphs and profiles, for three GPUs."""
+    model = make_loud(untrained_model(AESANetConfig(), seed=0), logit=400.0)
+    graphs = {name: export_graph(model, name, tmp_path / f"{name}.onnx") for name in GRAPH_NAMES}
+    del model
+    half = add_half(tmp_path, graphs, [two_seconds(RECORDINGS[4])])
+    measured["base size, loud, FP16"] = (
+        f"logits in {half.logits}, features {half.features_relative:.1e}, scores {half.scores_max_abs:.1e}"
+    )
+    assert half.logits == "fp32"
+    settings = Settings(default_profiles(10.0), capabilities=("8.0", "8.9", "12.0"))
+    for name, spec in {**graphs, **half.graphs}.items():
+        built = build_plan(trt, tmp_path / spec.file, spec, settings, name == "encoder", [])
+        measured[f"base size, {name}, RTX"] = (
+            f"{built.seconds:.0f} s, activations {[size // 2**20 for size in built.activation_bytes]} MiB"
+        )
+        assert len(built.activation_bytes) == 3
