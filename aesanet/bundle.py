@@ -50,11 +50,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """ONNX Runtime on one batch against PyTorch on each of its clips alone: largest absolute differences."""
+    """ONNX Runtime on one batch against PyTorch on each of its clips alone: the largest differences.
+
+    `features_relative` is |ONNX Runtime - PyTorch| / |PyTorch| of a clip's features, as Euclidean norms.
+    """
 
     num_samples: tuple[int, ...]
     fbank_max_abs: float
-    features_max_abs: float
+    features_relative: float
     scores_max_abs: float
 
 
@@ -66,7 +69,7 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     engine: str
-    features_max_abs: float
+    features_relative: float
     scores_max_abs: float
     features_limit: float
     scores_limit: float

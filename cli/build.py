@@ -45,7 +45,7 @@ def export(checkpoint: Path, beats: Path | None, out: Path, fp16: bool, audio: t
     parity = manifest.parity
     click.echo(
         f"{out}: parity with PyTorch over {len(parity.cases)} batches: "
-        f"features {parity.features_max_abs:.1e}, scores {parity.scores_max_abs:.1e} "
+        f"features {parity.features_relative:.1e} (relative), scores {parity.scores_max_abs:.1e} "
         f"(limit {parity.scores_limit:.0e}; scores of these clips span {parity.scores_spread:.2g} or more on each axis)"
     )
     if (half := manifest.half) is not None:

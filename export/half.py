@@ -18,6 +18,7 @@ import onnxruntime
 
 from aesanet.bundle import HALF_GRAPH_NAMES, GraphName, GraphPrecision, GraphSpec, Half
 from aesanet.errors import ExportError
+from aesanet.export.parity import relative_error
 from aesanet.export.precision import to_half
 from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE, num_tokens
@@ -113,8 +114,8 @@ def _worst_differences(reference: Sessions, half: Sessions, clips: Sequence[np.n
         tokens = num_tokens(np.array([len(clip)]))
         (fbank,) = reference["frontend"].run(["fbank"], {"waveform": clip[None]})
         expected, found = (_features_and_scores(sessions, fbank, tokens) for sessions in (reference, half))
-        with np.errstate(invalid="ignore", over="ignore"):
-            features.append(np.linalg.norm(found[0] - expected[0]) / np.linalg.norm(expected[0]))
+        features.append(relative_error(found[0], expected[0]))
+        with np.errstate(invalid="ignore"):
             scores.append(np.abs(found[1] - expected[1]).max())
     return float(np.max(features)), float(np.max(scores))  # of anything and NaN, NaN
 
