@@ -46,12 +46,18 @@ def engine_key(parts: Mapping[str, str]) -> str:
 def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
     """An engine of the bundle, once its files were seen to be those that were built; raises BundleError."""
     folder = Path(bundle) / ENGINES_FOLDER / key
-    _check(folder / ENGINE_NAME, manifest.engines[key])
-    engine = msgspec.json.decode((folder / ENGINE_NAME).read_bytes(), type=Engine)
+    path = folder / ENGINE_NAME
+    _check(path, manifest.engines.get(key, "nothing"))
+    try:
+        engine = msgspec.json.decode(path.read_bytes(), type=Engine)
+    except msgspec.MsgspecError as error:
+        raise BundleError(f"{path}: {error}; compile the bundle again") from None
     if engine.key != key or engine_key(engine.parts) != key or tuple(engine.plans) != GRAPH_NAMES:
-        raise BundleError(f"{folder / ENGINE_NAME}: is not the engine {key}; compile the bundle again")
-    for plan in engine.plans.values():
-        _check(folder / Path(plan.file).name, plan.sha256)
+        raise BundleError(f"{path}: is not the engine {key}; compile the bundle again")
+    for name, plan in engine.plans.items():
+        if plan.file != f"{name}.plan":
+            raise BundleError(f"{path}: the {name}'s plan is {plan.file!r}, not {name}.plan; compile the bundle again")
+        _check(folder / plan.file, plan.sha256)
     return engine
 
 

@@ -20,7 +20,8 @@ class Gpu:
     capability: str
     """Compute capability, such as "9.0"."""
     driver: str
-    memory_mib: int
+    memory: str
+    """In MiB, or why it cannot be told: GPUs that share the processor's memory have none of their own."""
 
 
 def list_gpus() -> list[Gpu]:
@@ -33,10 +34,10 @@ def list_gpus() -> list[Gpu]:
         raise BackendError("nvidia-smi did not answer within 30 s") from None
     if found.returncode != 0:
         raise BackendError(f"nvidia-smi failed: {(found.stderr or found.stdout).strip()}")
-    if not found.stdout.strip():
-        raise BackendError("nvidia-smi lists no GPU")
-    rows = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
-    return [Gpu(name, capability, driver, int(memory)) for name, capability, driver, memory in rows]
+    rows = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines() if line.strip()]
+    if not rows or any(len(row) != 4 for row in rows):
+        raise BackendError(f"nvidia-smi lists no GPU, but says {found.stdout.strip()!r}")
+    return [Gpu(*row) for row in rows]
 
 
 def processor_name() -> str:

@@ -13,7 +13,7 @@ from aesanet.machine import list_gpus, processor_name, usable_cores
 # What to install for a command, and the packages that it then finds.
 _PACKAGES = {
     "aesanet": ("numpy", "soundfile", "soxr", "msgspec"),
-    "aesanet[export]": ("torch", "onnx", "onnxscript", "safetensors"),
+    "aesanet[export]": ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"),
     "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
     "aesanet[rtx]": ("tensorrt-rtx",),
 }
@@ -68,7 +68,7 @@ def _gpus() -> Iterator[str]:
         yield str(error)
         return
     for gpu in gpus:
-        yield f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory_mib} MiB"
+        yield f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory} MiB"
 
 
 def _codecs() -> Iterator[str]:

@@ -1,11 +1,12 @@
 """Checkpoint to bundle: load, export, check, write."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import onnxscript
 import torch
@@ -19,21 +20,21 @@ from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.models.checkpoint import load_checkpoint
 
-_TOOLS = (torch, onnx, onnxscript, onnxruntime)
+_TOOLS = (torch, onnx, onnx_ir, onnxscript, onnxruntime)
 
 
 def export_bundle(
     checkpoint: str | Path,
     out: str | Path,
     beats: str | Path | None = None,
-    half_on: Sequence[np.ndarray] = (),
+    half_on: Iterable[np.ndarray] = (),
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder at `out`, which takes its place only after it passed the parity check.
 
     checkpoint, beats : as `load_checkpoint` takes them
     half_on           : real audio, each clip float32 [samples] at 16 kHz: FP16 graphs are made too, and must give the
-                        FP32 graphs' scores on each clip's first window
+                        FP32 graphs' scores on each clip's first window; taken one by one, before anything is exported
     progress          : called with a line about each step as it begins
 
     Raises CheckpointError or ExportError; a bundle that was at `out` is then left as it was.
@@ -41,13 +42,13 @@ def export_bundle(
     with new_bundle(out) as folder:
         progress(f"loading {checkpoint}")
         model = load_checkpoint(checkpoint, beats)
+        windows = [clip[: model.config.window.window_samples] for clip in half_on]
         graphs: dict[GraphName, GraphSpec] = {}
         for name in GRAPH_NAMES:
             progress(f"exporting {name}")
             graphs[name] = export_graph(model, name, folder / f"{name}.onnx")
         progress("comparing ONNX Runtime with PyTorch")
         parity = measure_parity(model, folder)
-        windows = [clip[: model.config.window.window_samples] for clip in half_on]
         half = add_half(folder, graphs, windows, progress) if windows else None
         head = model.config.head
         manifest = Manifest(

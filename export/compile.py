@@ -1,27 +1,42 @@
 """A bundle's graphs to an engine in it: built under its key, or found there."""
 
 import importlib.util
+import os
+import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import msgspec
 
-from aesanet.bundle import GraphSpec, Manifest, graph_file, read_manifest
+from aesanet.bundle import GraphName, GraphSpec, Manifest, graph_file, read_manifest
 from aesanet.engines import ENGINE_NAME, ENGINES_FOLDER, Engine, Plan, engine_key, read_engine
 from aesanet.errors import BackendError, BundleError, CompileError
-from aesanet.export.engine import MODULES, Flavour, Settings, build_plan, cuda_of_library, load_library
+from aesanet.export.engine import (
+    MODULES,
+    RECIPE,
+    BuiltPlan,
+    Flavour,
+    Settings,
+    build_plan,
+    check_capabilities,
+    cuda_of_library,
+    load_library,
+    workspace_bytes,
+)
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.machine import list_gpus
 
 
-def choose_flavour(asked: str) -> Flavour:
+def choose_flavour(asked: Literal["auto"] | Flavour) -> Flavour:
     """The library asked for; of `auto`, TensorRT where both it and a GPU are here, and else RTX."""
     if asked != "auto":
-        return "tensorrt" if asked == "tensorrt" else "rtx"
+        return asked
     try:
         list_gpus()
     except BackendError:
@@ -37,24 +52,26 @@ def compile_bundle(
 ) -> tuple[Engine, bool]:
     """Build the FP16 engine of a bundle, or find it there by its key; says whether it was built.
 
-    The front end stays FP32. Raises BundleError, or CompileError with TensorRT's own reason; nothing is then changed.
+    The front end stays FP32. Raises BundleError, or CompileError with TensorRT's own reason; the bundle is then the
+    same as before, but for `engines/build.log`.
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    if manifest.half is None:
-        raise BundleError(f"{bundle}: has no FP16 graphs; export the checkpoint again with --fp16")
-    graphs = {"frontend": manifest.graphs["frontend"], **manifest.half.graphs}
+    graphs = _graphs(bundle, manifest)
     trt = load_library(flavour)
+    check_capabilities(trt, settings.capabilities)
     # FP32 logits are products of half numbers, which TF32 multiplies exactly; the encoder has no other FP32 product.
-    tf32_graph = "encoder" if manifest.half.logits == "fp32" else None
+    tf32_graph = "encoder" if manifest.half and manifest.half.logits == "fp32" else None
     parts = {
         **{f"{name} graph": spec.sha256 for name, spec in graphs.items()},
         "library": f"{MODULES[flavour]} {trt.__version__}, CUDA {cuda_of_library(flavour)}",
+        "recipe": str(RECIPE),
+        "platform": f"{sys.platform} {platform.machine()}",
         "GPU": _gpu(flavour, settings),
-        "profiles": "; ".join(f"{p.min_seconds:g} to {p.max_seconds:g} s x {p.max_batch}" for p in settings.profiles),
+        "profiles": "; ".join(map(str, settings.profiles)),
         "TF32": tf32_graph or "no graph",
-        "level": "the builder's own" if settings.level is None else str(settings.level),
-        "workspace": "all there is" if settings.workspace is None else f"{settings.workspace:g} GiB",
+        "level": "the library's own" if settings.level is None else str(settings.level),
+        "workspace": "all" if settings.workspace is None else f"{workspace_bytes(settings.workspace)} bytes",
     }
     key = engine_key(parts)
     if key in manifest.engines:
@@ -64,36 +81,50 @@ def compile_bundle(
             progress(f"{error}; it is built anew")
     elif (changed := _changed_parts(bundle, manifest, parts)) is not None:
         progress(f"another engine than the last is needed: {', '.join(changed)} changed")
-    (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{key[:8]}.", dir=bundle / ENGINES_FOLDER) as temporary:
-        folder = Path(temporary, "new")
-        folder.mkdir()
-        log: list[str] = []
-        try:
-            plans = {
-                name: _write_plan(
-                    trt,
-                    graph_file(bundle, spec),
-                    spec,
-                    settings,
-                    name == tf32_graph,
-                    folder / f"{name}.plan",
-                    log,
-                    progress,
-                )
-                for name, spec in graphs.items()
-            }
-        finally:
-            log_file = bundle / ENGINES_FOLDER / "build.log"
-            log_file.write_text("\n".join(log) + "\n", encoding="utf-8")
-        engine = Engine(key, parts, plans)
-        (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
-        place = bundle / ENGINES_FOLDER / key
-        shutil.rmtree(place, ignore_errors=True)
-        folder.rename(place)
-    engines = manifest.engines | {key: file_sha256(place / ENGINE_NAME)}
-    write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines))
+    log: list[str] = []
+    try:
+        (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{key[:8]}.", dir=bundle / ENGINES_FOLDER) as temporary:
+            folder = Path(temporary, "new")
+            folder.mkdir()
+            plans = {}
+            for name, spec in graphs.items():
+                progress(f"compiling {spec.file}")
+                built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress)
+                plans[name] = _write_plan(built, folder / f"{name}.plan")
+            engine = Engine(key, parts, plans)
+            (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
+            _add(bundle, engine, folder, graphs)
+    except OSError as error:
+        raise CompileError(f"{bundle}: the engine cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            (bundle / ENGINES_FOLDER / "build.log").write_text("\n".join(log) + "\n", encoding="utf-8")
     return engine, True
+
+
+def _graphs(bundle: Path, manifest: Manifest) -> dict[GraphName, GraphSpec]:
+    """The graphs that an engine is made of, their files checked; raises BundleError."""
+    if manifest.half is None:
+        raise BundleError(f"{bundle}: has no FP16 graphs; export the checkpoint again with --fp16")
+    graphs = {"frontend": manifest.graphs["frontend"], **manifest.half.graphs}
+    for spec in graphs.values():
+        graph_file(bundle, spec)
+    return graphs
+
+
+def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, GraphSpec]) -> None:
+    """Move a finished engine to its place and enter it into the manifest as that is now: minutes have passed."""
+    manifest = read_manifest(bundle)
+    if _graphs(bundle, manifest) != graphs:
+        raise CompileError(f"{bundle}: was exported anew meanwhile; compile it again")
+    place = bundle / ENGINES_FOLDER / engine.key
+    if place.exists():
+        shutil.rmtree(place)
+    folder.rename(place)
+    others = {key: sha256 for key, sha256 in manifest.engines.items() if key != engine.key}
+    engines = others | {engine.key: file_sha256(place / ENGINE_NAME)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines))
 
 
 def _gpu(flavour: Flavour, settings: Settings) -> str:
@@ -101,19 +132,22 @@ def _gpu(flavour: Flavour, settings: Settings) -> str:
     if settings.capabilities:
         return f"compute capability {', '.join(settings.capabilities)}"
     if flavour == "rtx":
-        return "all that the library builds for by itself"
+        return "the library's own choice"
     try:
-        gpu = list_gpus()[0]
+        gpus = list_gpus()
     except BackendError as error:
         raise CompileError(
-            f"TensorRT builds for the GPU that is here: {error}; compile on the machine that will score, "
-            "or for RTX GPUs with --flavour rtx"
+            f"TensorRT builds for the GPU that is here, and there is none: {error}; "
+            "compile on the machine that will score, or for RTX GPUs with --flavour rtx"
         ) from None
-    return f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}"
+    # Which of several CUDA takes as its first is not the driver's order, so all of them are in the key.
+    names = (f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory} MiB" for gpu in gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    return f"{'; '.join(names)}; visible: {visible}"
 
 
 def _changed_parts(bundle: Path, manifest: Manifest, parts: Mapping[str, str]) -> list[str] | None:
-    """Names of the parts in which the newest engine of the bundle differs; None where it has none to compare."""
+    """Names of the parts in which the last engine that was built differs; None where there is none to compare."""
     try:
         before = read_engine(bundle, manifest, list(manifest.engines)[-1]).parts
     except (IndexError, BundleError):
@@ -121,18 +155,7 @@ def _changed_parts(bundle: Path, manifest: Manifest, parts: Mapping[str, str]) -
     return [name for name, value in parts.items() if before.get(name) != value]
 
 
-def _write_plan(
-    trt: Any,
-    graph: Path,
-    spec: GraphSpec,
-    settings: Settings,
-    tf32: bool,
-    out: Path,
-    log: list[str],
-    progress: Callable[[str], None],
-) -> Plan:
-    progress(f"compiling {graph.name}")
-    built = build_plan(trt, graph, spec, settings, tf32, log, progress)
+def _write_plan(built: BuiltPlan, out: Path) -> Plan:
     out.write_bytes(built.plan)
     return Plan(
         file=out.name,

@@ -21,6 +21,9 @@ from aesanet.export.profiles import Profile
 Flavour = Literal["tensorrt", "rtx"]
 MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 
+RECIPE: Final = 1
+"""A part of every engine's key: to be raised when `build_plan` builds otherwise than before."""
+
 _SECONDS_BETWEEN_NEWS: Final = 5.0
 
 
@@ -56,6 +59,11 @@ def load_library(flavour: Flavour) -> Any:
         raise CompileError(f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{extra}]'") from None
 
 
+def workspace_bytes(gib: float) -> int:
+    """GiB in bytes."""
+    return round(gib * 2**30)
+
+
 def cuda_of_library(flavour: Flavour) -> str:
     """CUDA's major version that the installed library is of, from its package's name; "unknown" if none says it."""
     for major in range(11, 20):
@@ -86,6 +94,7 @@ def build_plan(
     before = len(log)
     logger = _logger(trt, log)
     builder = _builder(trt, logger, log)
+    check_capabilities(trt, settings.capabilities)
     network = parse(trt, builder, logger, path)
     config = builder.create_builder_config()
     # On by default, and it moves log-mel by up to 5.5.
@@ -93,19 +102,23 @@ def build_plan(
     if settings.level is not None:
         config.builder_optimization_level = settings.level
     if settings.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, round(settings.workspace * 2**30))
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(settings.workspace))
     for profile in settings.profiles:
         shapes = builder.create_optimization_profile()
         for given in spec.inputs:
             shapes.set_shape(given.name, *profile.shapes(given))
         if config.add_optimization_profile(shapes) < 0:
-            raise CompileError(f"{path.name}: profile {profile} was refused: {_last(log)}")
-    _set_capabilities(trt, config, settings.capabilities)
+            raise CompileError(f"{path.name}: profile {profile} was refused: {_last(log[before:])}")
+    if settings.capabilities:
+        config.num_compute_capabilities = len(settings.capabilities)
+    for index, capability in enumerate(settings.capabilities):
+        if not config.set_compute_capability(known_capabilities(trt)[capability], index):
+            raise CompileError(f"compute capability {capability} was refused by {trt.__name__} {trt.__version__}")
     config.progress_monitor = _monitor(trt, lambda phase: progress(f"{path.name}: {phase}"))
     started = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise CompileError(f"{path.name} could not be built: {_last(log)}")
+        raise CompileError(f"{path.name} could not be built: {_last(log[before:])}")
     return BuiltPlan(
         plan=bytes(plan),
         seconds=time.monotonic() - started,
@@ -140,16 +153,12 @@ def known_capabilities(trt: Any) -> dict[str, Any]:
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
 
 
-def _set_capabilities(trt: Any, config: Any, capabilities: Sequence[str]) -> None:
+def check_capabilities(trt: Any, capabilities: Sequence[str]) -> None:
+    """Raise CompileError for the first that the library cannot build for."""
     known = known_capabilities(trt)
     if unknown := [capability for capability in capabilities if capability not in known]:
-        can = f"builds for {', '.join(known)}" if known else "builds for the GPU that is here alone"
+        can = f"builds for {', '.join(known)}" if known else "builds for the GPU that is here; --flavour rtx for others"
         raise CompileError(f"compute capability {', '.join(unknown)}: {trt.__name__} {trt.__version__} {can}")
-    if capabilities:
-        config.num_compute_capabilities = len(capabilities)
-    for index, capability in enumerate(capabilities):
-        if not config.set_compute_capability(known[capability], index):
-            raise CompileError(f"compute capability {capability} was refused by {trt.__name__} {trt.__version__}")
 
 
 def _builder(trt: Any, logger: Any, log: list[str]) -> Any:
@@ -162,7 +171,7 @@ def _builder(trt: Any, logger: Any, log: list[str]) -> Any:
 def _last(log: Sequence[str]) -> str:
     """The library's last complaint."""
     complaints = [line for line in log if line.startswith(("ERROR", "INTERNAL_ERROR"))]
-    return (complaints or ["no reason was given; see build.log"])[-1]
+    return (complaints or ["no reason was given"])[-1]
 
 
 def _logger(trt: Any, log: list[str]) -> Any:
@@ -187,12 +196,13 @@ def _monitor(trt: Any, news: Callable[[str], None]) -> Any:
             self.told = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if time.monotonic() - self.told >= _SECONDS_BETWEEN_NEWS:
+            if phase_name in self.steps and time.monotonic() - self.told >= _SECONDS_BETWEEN_NEWS:
                 self.told = time.monotonic()
-                news(f"{phase_name}, {step + 1} of {self.steps.get(phase_name, 0)}")
+                news(f"{phase_name}, step {step + 1} of {self.steps[phase_name]} done")
             return True  # go on
 
         def phase_finish(self, phase_name: str) -> None:

@@ -15,6 +15,7 @@ TF32 multiplies them exactly.
 Inputs and outputs of a graph keep their types: a bundle's graphs have one signature in every precision.
 """
 
+import ast
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,10 @@ from aesanet.errors import ExportError
 
 PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv"})
 ISLANDS: Final = frozenset({"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "ReduceMean", "Sigmoid"})
+CARRIED: Final = frozenset(
+    "Add Sub Mul Div Gelu Relu Clip Where Reshape Transpose Concat Split Slice Squeeze Unsqueeze Gather Expand".split()
+)
+"""Operators that may be half or float."""
 # What stands between the product of queries and keys and its softmax.
 _BEFORE_SOFTMAX: Final = frozenset({"Add", "Where"})
 
@@ -32,7 +37,7 @@ _HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 def to_half(model: ir.Model, logits: GraphPrecision) -> None:
-    """Rewrite an FP32 graph in place; raises ExportError for a weight that half cannot hold.
+    """Rewrite an FP32 graph in place; raises ExportError for a weight that half cannot hold, or an unknown operator.
 
     logits : how attention logits leave their matrix product
     """
@@ -60,11 +65,21 @@ def _types(graph: ir.Graph, logits: GraphPrecision) -> dict[ir.Node, ir.DataType
     """What each node that computes floats computes in, in the graph's order."""
     types: dict[ir.Node, ir.DataType] = {}
     nodes = [node for node in graph if any(value.dtype == _FLOAT for value in node.outputs)]
+    for node in graph:
+        takes_floats = any(value is not None and value.dtype == _FLOAT for value in node.inputs)
+        if takes_floats and node.op_type != "Shape" and all(value.dtype != _FLOAT for value in node.outputs):
+            raise ExportError(f"{_place(node)}: {node.op_type} is an operator that FP16 has no rule for")
+    products = sum(_is_logits(node) for node in nodes)
+    softmaxes = sum(node.op_type == "Softmax" for node in nodes)
+    if products != softmaxes:
+        raise ExportError(f"{softmaxes} softmaxes, but {products} products of queries and keys were found before them")
     for node in reversed(nodes):
         if node.op_type in PRODUCTS:
             half = not (logits == "fp32" and _is_logits(node))
-        elif node.op_type in ISLANDS or _is_sum_of_two(node):
+        elif node.op_type in ISLANDS or node.op_type == "Cast" or _is_sum_of_two(node):
             half = False
+        elif node.op_type not in CARRIED:
+            raise ExportError(f"{_place(node)}: {node.op_type} is an operator that FP16 has no rule for")
         else:
             users = [user for value in node.outputs for user in value.consumers()]
             half = any(types[user] == _HALF or user.op_type in PRODUCTS for user in users if user in types)
@@ -77,8 +92,9 @@ def _is_sum_of_two(node: ir.Node) -> bool:
 
 
 def _is_logits(node: ir.Node) -> bool:
-    """Whether a product is of queries and keys: of two computed tensors, with a softmax soon after it."""
-    return not any(value is None or value.is_initializer() for value in node.inputs) and _leads_to_softmax(node)
+    """Whether a node is the product of queries and keys: of two computed tensors, with a softmax soon after it."""
+    of_computed = not any(value is None or value.is_initializer() for value in node.inputs)
+    return node.op_type == "MatMul" and of_computed and _leads_to_softmax(node)
 
 
 def _leads_to_softmax(node: ir.Node) -> bool:
@@ -86,6 +102,12 @@ def _leads_to_softmax(node: ir.Node) -> bool:
         user.op_type == "Softmax" or (user.op_type in _BEFORE_SOFTMAX and _leads_to_softmax(user))
         for user in node.outputs[0].consumers()
     )
+
+
+def _place(node: ir.Node) -> str:
+    """The module of the network that a node comes from, as its exporter noted it, or the node's name."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return next((scope for scope in reversed(scopes) if "." in scope), node.name or node.op_type)
 
 
 class _Casts:
@@ -127,8 +149,9 @@ class _Casts:
         with np.errstate(over="ignore"):
             half = weight.astype(np.float16)
         if not np.isfinite(half).all():
+            (place, *_) = [_place(user) for user in value.consumers()]
             raise ExportError(
-                f"{value.name} holds {np.abs(weight).max():.3g}; FP16 ends at {np.finfo(np.float16).max:.0f}: "
+                f"{place}: {value.name} holds {np.abs(weight).max():.3g}; FP16 ends at {np.finfo(np.float16).max:.0f}: "
                 "this checkpoint runs in fp32 or bf16 only"
             )
         name = f"{value.name}.fp16"

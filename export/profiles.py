@@ -22,15 +22,23 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_seconds: float
     max_batch: int
 
+    def __str__(self) -> str:
+        """Exact, as it is a part of an engine's key: in samples at 16 kHz."""
+        short, long = self._samples()
+        return f"1 to {self.max_batch} clips of {short} to {long} samples"
+
     def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, best and largest shape of an input."""
-        short, long = (round(seconds * SAMPLE_RATE) for seconds in (self.min_seconds, self.max_seconds))
+        short, long = self._samples()
         smallest, largest = _shape(spec, 1, short), _shape(spec, self.max_batch, long)
         return smallest, largest, largest
 
+    def _samples(self) -> tuple[int, int]:
+        return round(self.min_seconds * SAMPLE_RATE), round(self.max_seconds * SAMPLE_RATE)
+
 
 def default_profiles(window_seconds: float) -> tuple[Profile, ...]:
-    """Short clips up to 2 s, a bundle's windows, and clips up to 30 s whole; about ten minutes of audio a batch."""
+    """Clips up to 2 s, a bundle's windows, clips up to 30 s whole; at most about ten minutes of audio a batch."""
     batch_of = {2.0: 128, 30.0: 20} | {window_seconds: min(128, max(1, round(640 / window_seconds)))}
     return make_profiles(list(batch_of.items()))
 

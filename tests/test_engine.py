@@ -1,11 +1,14 @@
 """Engines, built by the real TensorRT-RTX: types as written, keys that miss nothing, refusals with their reason."""
 
+import errno
+import importlib.util
 import json
 import os
 import re
 import shutil
 import types
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -30,8 +33,10 @@ from aesanet.export.graph import export_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
 from aesanet.export.profiles import default_profiles, make_profiles
+from aesanet.export.writer import write_manifest
+from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
-from aesanet.machine import list_gpus
+from aesanet.machine import Gpu, list_gpus
 from aesanet.models.config import AESANetConfig
 from aesanet.models.untrained import untrained_model
 from aesanet.runtime.decode import ClipReader
@@ -40,6 +45,9 @@ from aesanet.runtime.rows import Clip
 SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
 SMALL_TWO = Settings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
 ISLANDS = {"NORMALIZATION", "SOFTMAX", "REDUCE", "LOOP_OUTPUT"}
+
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +116,7 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
     assert engine.parts["encoder graph"] == manifest.half.graphs["encoder"].sha256
     assert engine.parts["frontend graph"] == manifest.graphs["frontend"].sha256
     assert re.fullmatch(r"tensorrt_rtx 1\.[\d.]+, CUDA \d+", engine.parts["library"])
-    assert engine.parts["profiles"] == "0.175 to 1 s x 2; 1 to 4 s x 3"
+    assert engine.parts["profiles"] == "1 to 2 clips of 2800 to 16000 samples; 1 to 3 clips of 16000 to 64000 samples"
     assert tuple(engine.plans) == GRAPH_NAMES
     for plan in engine.plans.values():
         assert (bundle / "engines" / engine.key / plan.file).stat().st_size == plan.size_bytes > 10_000
@@ -147,14 +155,86 @@ def test_a_damaged_engine_is_refused_and_built_anew(bundle):
     assert read_engine(bundle, read_manifest(bundle), again.key).parts == engine.parts
 
 
-def test_an_engine_that_says_it_is_another_is_refused(bundle):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda e: e["parts"].update(GPU="another"), "is not the engine"),
+        (lambda e: e.update(key="0" * 64), "is not the engine"),
+        (lambda e: e["plans"].pop("head"), "is not the engine"),
+        (lambda e: e["plans"]["head"].update(file="../head.plan"), r"plan is '\.\./head\.plan', not head\.plan"),
+        (lambda e: e.update(news=1), "unknown field `news`"),
+    ],
+)
+def test_an_engine_that_is_not_what_it_says_is_refused_and_built_anew(bundle, change, told):
     engine, _ = compile_bundle(bundle, "rtx", SMALL)
     path = bundle / "engines" / engine.key / "engine.json"
     content = json.loads(path.read_text())
-    content["parts"]["GPU"] = "another"
+    change(content)
     path.write_text(json.dumps(content))
-    with pytest.raises(BundleError, match=r"engine\.json: sha256 is"):
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["engines"][engine.key] = file_sha256(path)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=rf"engine\.json: .*{told}.*; compile the bundle again"):
         read_engine(bundle, read_manifest(bundle), engine.key)
+    assert compile_bundle(bundle, "rtx", SMALL)[1]
+    assert read_engine(bundle, read_manifest(bundle), engine.key).parts == engine.parts
+
+
+def test_an_engine_that_the_bundle_does_not_know_is_refused(bundle):
+    engine, _ = compile_bundle(bundle, "rtx", SMALL)
+    manifest = msgspec.structs.replace(read_manifest(bundle), engines={})
+    with pytest.raises(BundleError, match="but the bundle says nothing"):
+        read_engine(bundle, manifest, engine.key)
+
+
+def during_a_build(monkeypatch, action):
+    def build(*arguments):
+        action()
+        return build_plan(*arguments)
+
+    monkeypatch.setattr("aesanet.export.compile.build_plan", build)
+
+
+def test_two_compiles_at_a_time_keep_both_engines(bundle, monkeypatch):
+    def other():
+        monkeypatch.undo()
+        compile_bundle(bundle, "rtx", SMALL_TWO)
+
+    during_a_build(monkeypatch, other)
+    compile_bundle(bundle, "rtx", SMALL)
+    manifest = read_manifest(bundle)
+    assert len(manifest.engines) == 2
+    assert len({read_engine(bundle, manifest, key).parts["profiles"] for key in manifest.engines}) == 2
+
+
+def test_a_bundle_that_was_exported_anew_meanwhile_gets_no_old_engine(bundle, monkeypatch):
+    def export():
+        path = bundle / "head.fp16.onnx"
+        path.write_bytes(path.read_bytes() + b"\xfa\x07\x00")
+        manifest = read_manifest(bundle)
+        specs = manifest.half.graphs
+        head = msgspec.structs.replace(specs["head"], sha256=file_sha256(path))
+        half = msgspec.structs.replace(manifest.half, graphs={**specs, "head": head})
+        write_manifest(bundle, msgspec.structs.replace(manifest, half=half))
+        monkeypatch.undo()
+
+    during_a_build(monkeypatch, export)
+    with pytest.raises(CompileError, match="was exported anew meanwhile; compile it again"):
+        compile_bundle(bundle, "rtx", SMALL)
+    assert read_manifest(bundle).engines == {}
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_bundle_as_it_was(bundle, monkeypatch):
+    before = (bundle / "bundle.json").read_bytes()
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    during_a_build(monkeypatch, full)
+    with pytest.raises(CompileError, match="the engine cannot be written: No space left on device"):
+        compile_bundle(bundle, "rtx", SMALL)
+    assert (bundle / "bundle.json").read_bytes() == before
+    assert [path.name for path in (bundle / "engines").iterdir()] == ["build.log"]
 
 
 def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, tmp_path, monkeypatch):
@@ -215,7 +295,7 @@ def test_capabilities_are_the_librarys(trt, bundle):
     with pytest.raises(CompileError, match=r"compute capability 9\.0: tensorrt_rtx [\d.]+ builds for 7\.5, 8\.0"):
         compile_bundle(bundle, "rtx", Settings(SMALL.profiles, capabilities=("8.9", "9.0")))
     assert read_manifest(bundle).engines == {}
-    assert [path.name for path in (bundle / "engines").iterdir()] == ["build.log"]
+    assert not (bundle / "engines").exists()
 
 
 def test_a_bundle_without_half_graphs_says_how_to_get_them(tiny_bundle):
@@ -287,10 +367,8 @@ def nvidia_smi(tmp_path, monkeypatch):
 def test_gpus_are_listed_by_their_driver(nvidia_smi):
     nvidia_smi("echo 'NVIDIA H200, 9.0, 580.1, 143771'; echo 'NVIDIA L4, 8.9, 580.1, 23034'")
     first, second = list_gpus()
-    assert (first.name, first.capability, first.driver, first.memory_mib) == ("NVIDIA H200", "9.0", "580.1", 143771)
+    assert (first.name, first.capability, first.driver, first.memory) == ("NVIDIA H200", "9.0", "580.1", "143771")
     assert second.name == "NVIDIA L4"
-    assert choose_flavour("auto") == "rtx"  # as TensorRT itself is not installed
-    assert choose_flavour("tensorrt") == "tensorrt"
     assert (
         "GPU: NVIDIA H200, compute capability 9.0, driver 580.1, 143771 MiB"
         in CliRunner().invoke(cli, ["doctor"]).output
@@ -299,19 +377,55 @@ def test_gpus_are_listed_by_their_driver(nvidia_smi):
 
 @pytest.mark.parametrize(
     ("script", "told"),
-    [("echo no driver >&2; exit 9", "nvidia-smi failed: no driver"), ("exit 0", "nvidia-smi lists no GPU")],
+    [
+        ("echo no driver >&2; exit 9", "nvidia-smi failed: no driver"),
+        ("exit 0", "lists no GPU"),
+        ("echo a, b", "says 'a, b'"),
+    ],
 )
 def test_a_driver_without_a_gpu_is_told(nvidia_smi, script, told):
     nvidia_smi(script)
     with pytest.raises(BackendError, match=told):
         list_gpus()
-    assert choose_flavour("auto") == "rtx"
+
+
+def test_a_gpu_without_memory_of_its_own_is_listed(nvidia_smi):
+    nvidia_smi("echo 'NVIDIA GB10, 12.1, 580.1, [N/A]'")
+    assert list_gpus() == [Gpu("NVIDIA GB10", "12.1", "580.1", "[N/A]")]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_is_tensorrt_only_where_it_and_a_gpu_are(nvidia_smi, monkeypatch, installed, gpu):
+    nvidia_smi("echo 'NVIDIA L4, 8.9, 580.1, 23034'" if gpu else "exit 9")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: (installed and name == "tensorrt") or None)
+    assert choose_flavour("auto") == ("tensorrt" if installed and gpu else "rtx")
+    assert choose_flavour("tensorrt") == "tensorrt"
+
+
+def test_a_plan_of_tensorrt_is_for_the_gpus_and_driver_that_are_here(bundle, nvidia_smi, monkeypatch, trt):
+    """Built with RTX in TensorRT's place, which cannot build without a GPU."""
+    monkeypatch.setattr("aesanet.export.compile.load_library", lambda flavour: trt)
+    nvidia_smi("exit 9")
+    with pytest.raises(
+        CompileError, match=r"there is none: nvidia-smi failed: .*; compile on the machine that will score"
+    ):
+        compile_bundle(bundle, "tensorrt", SMALL)
+    keys = set()
+    for driver, visible in (("580.1", "0"), ("581.2", "0"), ("580.1", "1")):
+        nvidia_smi(f"echo 'NVIDIA H200, 9.0, {driver}, 143771'; echo 'NVIDIA L4, 8.9, {driver}, 23034'")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        engine, built = compile_bundle(bundle, "tensorrt", SMALL)
+        assert built
+        assert "NVIDIA H200, compute capability 9.0, driver 58" in engine.parts["GPU"]
+        keys.add(engine.key)
+    assert len(keys) == 3
 
 
 def test_the_command_says_what_went_into_the_engine(bundle, capsys):
     for expected in ("built", "was there"):
         with pytest.raises(SystemExit) as stopped:
-            main(["compile", str(bundle), "--profiles", "1:2", "--capability", "8.9, 12.0"])
+            main(["compile", str(bundle), "--profiles", "1:2", "--capability", "12.0, 8.9,8.9"])
         assert stopped.value.code == 0
         out = capsys.readouterr().out
         assert out.splitlines()[0].endswith(f": {expected}")
@@ -324,7 +438,6 @@ def test_the_command_says_what_went_into_the_engine(bundle, capsys):
     [
         (["--profiles", "ten"], "give longest seconds and largest batch, such as 2:128,10:64"),
         (["--profiles", "10:0"], "a profile of 0 clips"),
-        (["--flavour", "tensorrt"], "tensorrt cannot be imported .*: pip install 'aesanet\\[gpu\\]'"),
     ],
 )
 def test_the_command_refuses_with_a_reason(bundle, capsys, arguments, told):
@@ -352,3 +465,9 @@ def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, tmp_p
             f"{built.seconds:.0f} s, activations {[size // 2**20 for size in built.activation_bytes]} MiB"
         )
         assert len(built.activation_bytes) == 3
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("tensorrt")), reason="TensorRT is here")
+def test_a_library_that_is_missing_is_named_with_its_extra(bundle):
+    with pytest.raises(CompileError, match=r"tensorrt cannot be imported .*: pip install 'aesanet\[gpu\]'"):
+        compile_bundle(bundle, "tensorrt", SMALL)

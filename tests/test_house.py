@@ -73,7 +73,7 @@ def test_no_circles():
         graph = {name: needs for name, needs in graph.items() if name not in ready}
 
 
-@pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript", "safetensors", "aesanet.models"])
+@pytest.mark.parametrize("package", ["torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "aesanet.models"])
 def test_the_runtime_never_names_the_training_stack(package):
     for path in [*files("runtime"), *files("aesanet")]:
         assert not any(m == package or m.startswith(package + ".") for m in imports(path)), path
@@ -97,6 +97,11 @@ for backend in ("onnxruntime", "openvino"):
 print({{"torch", "onnx", "aesanet.models"}} & sys.modules.keys())
 """
     assert run(code).strip() == "set()"
+
+
+def test_compiling_loads_neither_torch_nor_onnx():
+    loaded = "{'torch', 'onnx', 'onnx_ir', 'onnxruntime', 'aesanet.models'} & sys.modules.keys()"
+    assert run(f"import sys, aesanet.export.compile; print({loaded})").strip() == "set()"
 
 
 def test_every_room_is_in_the_wheel_and_no_other_name():

@@ -11,21 +11,26 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import RECORDINGS
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from aesanet.bundle import HALF_GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError, BundleError, ExportError
+from aesanet.export import half
 from aesanet.export.build import export_bundle
 from aesanet.export.half import add_half, round_as_written
 from aesanet.export.precision import to_half
 from aesanet.hashing import file_sha256
 from aesanet.lengths import num_tokens
 from aesanet.models.demo import samples
+from aesanet.runtime import backends
+from aesanet.runtime.backends.base import BundleFiles, Support
+from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import Scorer
+from aesanet.runtime.windows import pad_batch
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 ISLANDS = {"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "Sigmoid"}
@@ -122,38 +127,54 @@ def test_operands_of_float_logits_are_half_numbers(tiny_bundle):
             assert types[made_by[operand].input[0]] == HALF
 
 
-def test_the_graph_that_is_checked_is_rounded_where_it_is_half():
-    """ONNX Runtime on a CPU leaves roundings out; with two Identities after each half tensor it does not."""
-    rng = np.random.default_rng(0)
-    weight = numpy_helper.from_array(rng.normal(0, 20, (64, 64)).astype(np.float16), "w")
-    bias = numpy_helper.from_array(rng.normal(0, 20, 64).astype(np.float16), "b")
-    nodes = [
-        helper.make_node("Cast", ["x"], ["half"], to=HALF),
-        helper.make_node("MatMul", ["half", "w"], ["product"]),
-        helper.make_node("Add", ["product", "b"], ["sum"]),
-        helper.make_node("Cast", ["sum"], ["y"], to=FLOAT),
-    ]
-    x, y = (helper.make_tensor_value_info(name, FLOAT, [8, 64]) for name in "xy")
-    proto = helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y], [weight, bias]),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=10,
-    )
-    proto = onnx.shape_inference.infer_shapes(proto)
-    given = {"x": rng.normal(size=(8, 64)).astype(np.float32)}
-    half = given["x"].astype(np.float16).astype(np.float64)
-    product = (half @ numpy_helper.to_array(weight).astype(np.float64)).astype(np.float16)
-    expected = product + numpy_helper.to_array(bias)  # NumPy rounds each of the two to half
+def test_an_onnxruntime_that_leaves_roundings_out_is_found_out(tiny_bundle, clips, tmp_path, monkeypatch):
+    """As every one does on a CPU unless it is kept from it: that it rounds is first seen, bit by bit."""
+    shutil.copytree(tiny_bundle, tmp_path / "b")
+    monkeypatch.setattr(half, "round_as_written", lambda model: None)
+    with pytest.raises(ExportError, match=r"onnxruntime [\d.]+ does not round half numbers on this processor"):
+        half.add_half(tmp_path / "b", read_manifest(tiny_bundle).graphs, clips[:1])
 
-    def run(proto):
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options).run(["y"], given)[0]
 
-    assert (run(proto) != expected).any()
-    model = ir.from_proto(proto)
-    round_as_written(model)
-    np.testing.assert_array_equal(run(ir.to_proto(model)), expected)
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ("a = Tanh(x) y = MatMul(a, w)", "Tanh is an operator that FP16 has no rule for"),
+        ("a = MatMul(x, w) b = Greater(a, x) y = Where(b, x, a)", "Greater is an operator that FP16 has no rule for"),
+        ("a = MatMul(x, x) b = Mul(a, w) y = Softmax(b)", "1 softmaxes, but 0 products of queries and keys"),
+    ],
+)
+def test_a_graph_of_another_shape_is_refused_and_not_guessed_at(nodes, told):
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[4,4] x) => (float[4,4] y) <float[4,4] w> {{ {nodes} }}'
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "w"))
+    with pytest.raises(ExportError, match=told):
+        to_half(ir.from_proto(onnx.shape_inference.infer_shapes(proto)), "fp32")
+
+
+def test_what_is_wrong_in_a_padded_batch_alone_is_seen():
+    class Session:
+        def __init__(self, name, off):
+            self.name, self.off = name, off
+
+        def run(self, names, inputs):
+            if self.name == "frontend":
+                return [np.ones((len(inputs["waveform"]), 32, 128), np.float32)]
+            batch = len(inputs["num_tokens"])
+            shape = (batch, 16, 8) if self.name == "encoder" else (batch, 4)
+            return [np.ones(shape, np.float32) + self.off * (batch > 1)]
+
+    clips = [np.zeros(5_360, np.float32), np.zeros(2_800, np.float32)]
+
+    def worst(encoder=0.0, head=0.0):
+        right = {name: Session(name, 0.0) for name in ("frontend", "encoder", "head")}
+        return half._worst_differences(
+            right, {"encoder": Session("encoder", encoder), "head": Session("head", head)}, clips
+        )
+
+    assert worst() == (0.0, 0.0)
+    assert worst(encoder=0.25) == pytest.approx((0.25, 0.0))
+    assert worst(head=0.5) == pytest.approx((0.0, 0.5))
+    assert np.isnan(worst(head=np.nan)[1])
 
 
 @pytest.mark.parametrize("name", HALF_GRAPH_NAMES)
@@ -183,12 +204,12 @@ def test_rounding_agrees_with_the_reference_evaluator(half_bundle, clips, name):
 
 
 def test_the_manifest_tells_what_was_measured(half_bundle, clips):
-    half = read_manifest(half_bundle).half
-    assert half.clips == len(clips) == 8
-    assert half.seconds == pytest.approx(sum(map(len, clips)) / 16_000)
-    assert 0 < half.features_relative <= half.features_limit == 5e-3
-    assert 0 < half.scores_max_abs <= half.scores_limit == 0.02
-    for name, spec in half.graphs.items():
+    found = read_manifest(half_bundle).half
+    assert found.clips == len(clips) == 8
+    assert found.seconds == pytest.approx(sum(map(len, clips)) / 16_000)
+    assert 0 < found.features_relative <= found.features_limit == 5e-3
+    assert 0 < found.scores_max_abs <= found.scores_limit == 0.02
+    for name, spec in found.graphs.items():
         assert spec.file == f"{name}.fp16.onnx"
         assert spec.precision == "fp16"
         assert spec.sha256 == file_sha256(half_bundle / spec.file)
@@ -219,15 +240,15 @@ def test_loud_attention_keeps_its_logits_in_float(tiny_bundle, clips, tmp_path):
     """As half they would be rounded to steps of .25; FP16 is then not given up, and not let through either."""
     loud = edited(tiny_bundle, tmp_path / "b", {"q_proj.bias": shared_direction, "k_proj.bias": shared_direction})
     said = []
-    half = add_half(loud, read_manifest(loud).graphs, clips[:1], said.append)
+    found = add_half(loud, read_manifest(loud).graphs, clips[:1], said.append)
     assert said == ["rounding to FP16, attention logits in fp16", "rounding to FP16, attention logits in fp32"]
-    assert half.logits == "fp32"
+    assert found.logits == "fp32"
 
 
 @pytest.mark.parametrize(
     ("weight", "factor", "told"),
     [
-        ("layers.1.fc1.bias", 1e6, r"layers\.1\.fc1\.bias holds [\d.e+]+; FP16 ends at 65504"),
+        ("layers.1.fc1.bias", 1e6, r"layers\.1\.fc1: \S+fc1\.bias holds [\d.e+]+; FP16 ends at 65504"),
         ("layers.1.final_layer_norm.weight", 1e6, "FP16 does not keep this checkpoint's scores: .* nan and .* in fp16"),
     ],
 )
@@ -285,6 +306,36 @@ def test_the_samples_come_with_the_package():
     assert samples() == RECORDINGS
 
 
-def test_a_bundle_without_half_graphs_says_how_to_get_them(tiny_bundle):
-    with pytest.raises(BackendError, match="the bundle has no FP16 graphs: export the checkpoint again with --fp16"):
+def test_fp16_says_what_it_needs(tiny_bundle, half_bundle):
+    with pytest.raises(
+        BackendError, match=r"fp16 needs a CUDA GPU.*no FP16 graphs, which `aesanet export --fp16` makes"
+    ):
         Scorer.open(tiny_bundle, precision="fp16")
+    with pytest.raises(BackendError, match=r"fp16 needs a CUDA GPU and onnxruntime-gpu\)$"):
+        Scorer.open(half_bundle, precision="fp16")
+
+
+def files_of(bundle):
+    manifest = read_manifest(bundle)
+    fp32, fp16 = ({n: bundle / s.file for n, s in g.items()} for g in (manifest.graphs, manifest.half.graphs))
+    return BundleFiles(manifest, fp32, fp16)
+
+
+def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):
+    """On a CPU, where it rounds less than a GPU; what differs there is told by -m gpu."""
+    waveform, num_samples = pad_batch([clip[: 9_000 + 700 * number] for number, clip in enumerate(clips[:3])])
+    fp32, fp16 = (
+        OnnxRuntimeBackend(files_of(half_bundle), "cpu", precision, None).scores(waveform, num_samples)
+        for precision in ("fp32", "fp16")
+    )
+    assert 0 < np.abs(fp32 - fp16).max() < 0.02
+
+
+@pytest.mark.parametrize(("bundle", "taken"), [("half_bundle", "fp16"), ("tiny_bundle", "fp32")])
+def test_a_gpu_takes_fp16_where_the_bundle_has_it(bundle, taken, request, monkeypatch):
+    opened = []
+    support = Support("1", (("cuda", "fp16"), ("cuda", "fp32"), ("cpu", "fp32")), "a GPU")
+    engine = (lambda files, *asked: opened.append(asked), lambda: support)
+    monkeypatch.setitem(backends._ENGINES, "onnxruntime", engine)
+    Scorer.open(request.getfixturevalue(bundle))
+    assert [asked[:2] for asked in opened] == [("cuda", taken)]

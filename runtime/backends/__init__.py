@@ -53,8 +53,11 @@ def open_backend(
                 failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
                 continue
             return backend, "; ".join(failed) or (reason if name == "auto" else "as asked")
-    if precision == "fp16" and not files.fp16:
-        failed.append("the bundle has no FP16 graphs: export the checkpoint again with --fp16")
+    if precision == "fp16":
+        if not any("fp16" in (can for _, can in support.runs) for support in here.values()):
+            failed.append("fp16 needs a CUDA GPU and onnxruntime-gpu")
+        if not files.fp16:
+            failed.append("the bundle has no FP16 graphs, which `aesanet export --fp16` makes")
     found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(
         f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found})"
