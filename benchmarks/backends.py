@@ -26,9 +26,12 @@ from aesanet.machine import processor_name, usable_cores
 from aesanet.models.aesanet import AESANet
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
+from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
 from aesanet.runtime.backends import BackendName, supported_backends
 from aesanet.runtime.backends.base import Device, Precision
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import Scorer
 
 COLUMNS = (
@@ -50,7 +53,9 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
     scores: dict[tuple[str, int], np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, "bundle")
-        export_bundle(checkpoint, bundle)
+        on_gpu = torch.cuda.is_available()
+        recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()] if on_gpu else []
+        export_bundle(checkpoint, bundle, half_on=recordings)
         for _ in range(passes):
             for open_engine in _openers(model, bundle, threads):
                 name, engine = open_engine()
@@ -91,7 +96,8 @@ def _openers(model: AESANet, bundle: Path, threads: int) -> Iterator[Callable[[]
         return backend.name, backend.scores
 
     for name, support in supported_backends().items():
-        yield from (partial(opened, name, device, precision) for device, precision in support.runs)
+        runs = [run for run in support.runs if run[1] != "fp16" or torch.cuda.is_available()]
+        yield from (partial(opened, name, device, precision) for device, precision in runs)
 
 
 def _pytorch(model: AESANet, device: Device, dtype: torch.dtype, compiled: bool) -> tuple[str, Engine]:

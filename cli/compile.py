@@ -1,15 +1,19 @@
 """`aesanet compile`: engines for NVIDIA GPUs into a bundle."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from aesanet.cli.notes import note
 
+if TYPE_CHECKING:
+    from aesanet.export.engine import Flavour
+    from aesanet.export.profiles import Profile
+
 
 def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[tuple[float, int]] | None:
-    """ "2:128,10:64" to (longest seconds, largest batch) pairs."""
+    """Pairs of longest seconds and largest batch from text such as 2:128,10:64."""
     if value is None:
         return None
     try:
@@ -19,8 +23,23 @@ def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -
         raise click.BadParameter(f"{value!r}; give longest seconds and largest batch, such as 2:128,10:64") from None
 
 
-def _number(capability: str) -> tuple[int, str]:
-    return len(capability), capability  # 8.9 before 12.0
+def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | None) -> "tuple[Flavour, tuple[str, ...]]":
+    """Which library, and the compute capabilities each once and in order; only RTX can build for some."""
+    from aesanet.export.compile import choose_flavour
+
+    names = {name.strip() for name in (capability or "").split(",")} - {""}
+    capabilities = tuple(sorted(names, key=lambda name: (len(name), name)))  # 8.9 before 12.0
+    return ("rtx" if capabilities and flavour == "auto" else choose_flavour(flavour)), capabilities
+
+
+def profiles_of(bounds: list[tuple[float, int]] | None, window_seconds: float) -> "tuple[Profile, ...]":
+    """The profiles asked for, or those that suit a window; raises UsageError."""
+    from aesanet.export.profiles import default_profiles, make_profiles
+
+    try:
+        return make_profiles(bounds) if bounds else default_profiles(window_seconds)
+    except ValueError as error:
+        raise click.UsageError(f"--profiles: {error}") from None
 
 
 @click.command()
@@ -61,19 +80,13 @@ def compile(
     taken as it is; what differs is said. `aesanet score` does not run engines yet.
     """
     from aesanet.bundle import read_manifest
-    from aesanet.export.compile import choose_flavour, compile_bundle
+    from aesanet.export.compile import compile_bundle
     from aesanet.export.engine import Settings
-    from aesanet.export.profiles import default_profiles, make_profiles
 
-    try:
-        chosen = make_profiles(profiles) if profiles else default_profiles(read_manifest(bundle).window.window_seconds)
-    except ValueError as error:
-        raise click.UsageError(f"--profiles: {error}") from None
-    capabilities = tuple(sorted({part.strip() for part in (capability or "").split(",")} - {""}, key=_number))
-    if capabilities and flavour == "auto":
-        flavour = "rtx"
+    chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds)
+    library, capabilities = asked_for(flavour, capability)
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)
-    engine, built = compile_bundle(bundle, choose_flavour(flavour), settings, progress=note)
+    engine, built = compile_bundle(bundle, library, settings, progress=note)
     click.echo(f"{bundle}/engines/{engine.key}: {'built' if built else 'was there'}")
     for name, value in engine.parts.items():
         click.echo(f"  {name}: {value}")

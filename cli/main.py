@@ -12,8 +12,9 @@ from aesanet.cli.notes import EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED, note
 from aesanet.errors import AesanetError
 
 _COMMANDS = {
-    "export": ("build", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
+    "export": ("export", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
     "compile": ("compile", "Compile a bundle's FP16 graphs to engines for NVIDIA GPUs, with TensorRT or TensorRT-RTX."),
+    "build": ("build", "Export with FP16 graphs, then compile: checkpoint to engines in one command."),
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
     "train": ("train", "Train a checkpoint on clips that people have rated; goes on where it was stopped."),
     "evaluate": ("evaluate", "Compare scores with human labels: MSE, LCC, SRCC, KTAU."),

@@ -433,6 +433,22 @@ def test_the_command_says_what_went_into_the_engine(bundle, capsys):
         assert re.search(r"encoder\.plan: [\d.]+ MiB in [\d.]+ s; activations \d+ MiB", out)
 
 
+def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, capsys):
+    command = ["build", str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--audio", str(RECORDINGS[0])]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--capability", "9.0"])
+    assert stopped.value.code == 2
+    assert "compute capability 9.0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # before anything was exported
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--capability", "8.9", "--profiles", "1:2"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert [word in out for word in ("parity with PyTorch", "FP16 (attention logits in fp16)", ": built")] == [True] * 3
+    manifest = read_manifest(tmp_path / "b")
+    assert read_engine(tmp_path / "b", manifest, *manifest.engines).parts["GPU"] == "compute capability 8.9"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

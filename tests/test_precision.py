@@ -14,6 +14,7 @@ from conftest import RECORDINGS
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from aesanet.axes import AXES
 from aesanet.bundle import HALF_GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError, BundleError, ExportError
@@ -339,3 +340,16 @@ def test_a_gpu_takes_fp16_where_the_bundle_has_it(bundle, taken, request, monkey
     monkeypatch.setitem(backends._ENGINES, "onnxruntime", engine)
     Scorer.open(request.getfixturevalue(bundle))
     assert [asked[:2] for asked in opened] == [("cuda", taken)]
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA provider")
+def test_fp16_on_a_gpu_keeps_the_scores(half_bundle):
+    """Of whole recordings, whose windows are batched, against FP32 on the processor."""
+    fp16, fp32 = (
+        Scorer.open(half_bundle, device, backend="onnxruntime", precision=precision).score(list(RECORDINGS))
+        for device, precision in (("cuda", "fp16"), ("cpu", "fp32"))
+    )
+    for ours, theirs in zip(fp16, fp32, strict=True):
+        assert [getattr(ours, axis) for axis in AXES] == pytest.approx(
+            [getattr(theirs, axis) for axis in AXES], abs=0.02
+        )
