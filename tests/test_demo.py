@@ -8,7 +8,6 @@ from collections import defaultdict
 import msgspec
 import numpy as np
 import pytest
-import scipy.stats
 import soundfile
 import torch
 from conftest import DEMO_CHECKPOINT, RECORDINGS, ROOT
@@ -377,18 +376,20 @@ def demo_scores(model, x):
 
 
 @pytest.mark.parametrize("name", ["noise", "clip", "lowpass", "mp3"])
-def test_damage_lowers_pq_on_held_out_recordings(name, measured):
-    """Of packages that no training clip came from; the clips together, as the table is of many ladders."""
+def test_damage_lowers_pq_in_order_on_held_out_recordings(name, measured):
+    """All full-band speech and music among the samples that no machine made; none is from a package trained on.
+
+    The mean of the clips, as the table's is of many ladders: in one clip, neighbouring levels may change places.
+    """
     model = load_checkpoint(DEMO_CHECKPOINT)
-    clips = [recording(one) for one in ("speech-ru", "speech-en-audiobook", "music-guitar")]
+    clips = [recording(one) for one in ("speech-ru", "speech-en-audiobook", "music-guitar", "music-piano")]
     levels = []
     for level in (0, *degrade.LEVELS):
         damaged = [degrade.DEGRADATIONS[name](x, level, np.random.default_rng(1)) if level else x for x in clips]
         levels.append(float(np.mean([demo_scores(model, x)[PQ] for x in damaged])))
     measured[f"demo PQ by level of {name}"] = " ".join(f"{score:.2f}" for score in levels)
-    assert max(levels) == levels[0]
-    assert min(levels) == levels[-1]
-    assert -scipy.stats.spearmanr(range(6), levels).statistic > 0.9  # two neighbours may change places
+    assert levels == sorted(levels, reverse=True)
+    assert len(set(levels)) == 6
     if name == "mp3":
         assert degrade.MP3_KBIT[3] == 16
 
