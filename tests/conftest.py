@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_model, tiny_config
@@ -7,6 +8,8 @@ from hypothesis import settings
 
 from aesanet.export.build import export_bundle
 from aesanet.models.checkpoint import save_checkpoint
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.rows import Clip
 
 ROOT = Path(__file__).parent.parent
 DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
@@ -62,4 +65,18 @@ def demo_bundle(tmp_path_factory):
     """The checkpoint that the project ships, exported."""
     out = tmp_path_factory.mktemp("bundles") / "demo.bundle"
     export_bundle(DEMO_CHECKPOINT, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def clips():
+    """The first two seconds of every recording, float32 [samples] at 16 kHz."""
+    return [np.concatenate(list(ClipReader(Clip(str(path), 0.0, 2.0)))) for path in RECORDINGS]
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_checkpoint, clips, tmp_path_factory):
+    """The small random network with FP16 graphs."""
+    out = tmp_path_factory.mktemp("bundles") / "half.bundle"
+    export_bundle(tiny_checkpoint, out, half_on=clips)
     return out

@@ -39,8 +39,6 @@ from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 from aesanet.machine import Gpu, list_gpus
 from aesanet.models.config import AESANetConfig
 from aesanet.models.untrained import untrained_model
-from aesanet.runtime.decode import ClipReader
-from aesanet.runtime.rows import Clip
 
 SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
 SMALL_TWO = Settings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
@@ -53,17 +51,6 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64
 @pytest.fixture(scope="module")
 def trt():
     return load_library("rtx")
-
-
-def two_seconds(path):
-    return np.concatenate(list(ClipReader(Clip(str(path), 0.0, 2.0))))
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("half") / "tiny.bundle"
-    export_bundle(tiny_checkpoint, out, half_on=[two_seconds(RECORDINGS[0])])
-    return out
 
 
 @pytest.fixture
@@ -237,10 +224,10 @@ def test_a_full_disk_is_one_error_and_leaves_the_bundle_as_it_was(bundle, monkey
     assert [path.name for path in (bundle / "engines").iterdir()] == ["build.log"]
 
 
-def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, tmp_path, monkeypatch):
+def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, clips, tmp_path, monkeypatch):
     monkeypatch.setattr(half_room, "_LOGITS", ("fp32",))
     out = tmp_path / "b"
-    assert export_bundle(tiny_checkpoint, out, half_on=[two_seconds(RECORDINGS[0])]).half.logits == "fp32"
+    assert export_bundle(tiny_checkpoint, out, half_on=clips[:1]).half.logits == "fp32"
     allowed = []
 
     def build(trt, path, spec, settings, tf32, *rest):
@@ -464,12 +451,12 @@ def test_the_command_refuses_with_a_reason(bundle, capsys, arguments, told):
 
 
 @pytest.mark.slow
-def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, tmp_path, measured):
+def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, clips, tmp_path, measured):
     """Twelve layers with outlying channels and attention logits of 400; all graphs and profiles, for three GPUs."""
     model = make_loud(untrained_model(AESANetConfig(), seed=0), logit=400.0)
     graphs = {name: export_graph(model, name, tmp_path / f"{name}.onnx") for name in GRAPH_NAMES}
     del model
-    half = add_half(tmp_path, graphs, [two_seconds(RECORDINGS[4])])
+    half = add_half(tmp_path, graphs, clips[4:5])
     measured["base size, loud, FP16"] = (
         f"logits in {half.logits}, features {half.features_relative:.1e}, scores {half.scores_max_abs:.1e}"
     )

@@ -19,7 +19,6 @@ from aesanet.bundle import HALF_GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError, BundleError, ExportError
 from aesanet.export import half
-from aesanet.export.build import export_bundle
 from aesanet.export.half import add_half, round_as_written
 from aesanet.export.precision import to_half
 from aesanet.hashing import file_sha256
@@ -28,28 +27,11 @@ from aesanet.models.demo import samples
 from aesanet.runtime import backends
 from aesanet.runtime.backends.base import BundleFiles, Support
 from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from aesanet.runtime.decode import ClipReader
-from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 ISLANDS = {"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "Sigmoid"}
-
-
-@pytest.fixture(scope="module")
-def clips():
-    """The first two seconds of every recording."""
-    return [np.concatenate(list(ClipReader(Clip(str(path), 0.0, 2.0)))) for path in RECORDINGS]
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_checkpoint, clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("half") / "tiny.bundle"
-    said = []
-    export_bundle(tiny_checkpoint, out, half_on=clips, progress=said.append)
-    assert said[-1] == "rounding to FP16, attention logits in fp16"
-    return out
 
 
 def typed(path_or_model):
@@ -207,6 +189,7 @@ def test_rounding_agrees_with_the_reference_evaluator(half_bundle, clips, name):
 def test_the_manifest_tells_what_was_measured(half_bundle, clips):
     found = read_manifest(half_bundle).half
     assert found.clips == len(clips) == 8
+    assert found.logits == "fp16"
     assert found.seconds == pytest.approx(sum(map(len, clips)) / 16_000)
     assert 0 < found.features_relative <= found.features_limit == 5e-3
     assert 0 < found.scores_max_abs <= found.scores_limit == 0.02

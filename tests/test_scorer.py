@@ -72,13 +72,13 @@ def test_recordings_score_as_in_pytorch_window_by_window(demo_bundle, demo_model
         # Where mel bins are nearly empty, as above a low-pass or under pure tones, any two FP32 filterbanks round them
         # differently. Given the same filterbank, these scores too agree to 1e-5.
         empty_bins = any(name in path.name for name in ("telephone", "guitar", "piano", "vinyl"))
-        tolerance = max(TOLERANCE[precision], 2e-3 if empty_bins else 0)
+        tolerance = max(TOLERANCE[precision], 5e-3 if empty_bins else 0)
         np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=str(path))
         assert scores.seconds == pytest.approx(soundfile.info(path).duration, abs=1e-3)
         spread.append(found)
         difference.append(np.abs(found - expected).max())
     assert (np.std(spread, axis=0) > 0.1).all()  # a comparison of constants would prove nothing
-    assert (max(difference) > 2e-3) == (precision == "bf16")  # it really ran in what it says
+    assert (max(difference) > 5e-3) == (precision == "bf16")  # it really ran in what it says
     measured[f"demo recordings, {scorer.backend.name} against PyTorch FP32"] = f"{max(difference):.1e} at most"
 
 
