@@ -30,7 +30,8 @@ _SECONDS_BETWEEN_NEWS: Final = 5.0
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan depends on beside its graph.
 
-    capabilities : of the GPUs to build for, such as "8.9"; empty for the GPU that is here
+    capabilities : of the GPUs to build for, such as "8.9", each one of `known_capabilities`; empty for those that the
+                   library builds for by itself
     level        : how long the builder searches, 0 to 5, or None for its own choice
     workspace    : GiB that a kernel may use, or None for all there is
     """
@@ -94,7 +95,6 @@ def build_plan(
     before = len(log)
     logger = _logger(trt, log)
     builder = _builder(trt, logger, log)
-    check_capabilities(trt, settings.capabilities)
     network = parse(trt, builder, logger, path)
     config = builder.create_builder_config()
     # On by default, and it moves log-mel by up to 5.5.

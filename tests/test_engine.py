@@ -104,6 +104,8 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
     assert engine.parts["frontend graph"] == manifest.graphs["frontend"].sha256
     assert re.fullmatch(r"tensorrt_rtx 1\.[\d.]+, CUDA \d+", engine.parts["library"])
     assert engine.parts["profiles"] == "1 to 2 clips of 2800 to 16000 samples; 1 to 3 clips of 16000 to 64000 samples"
+    named = {"library", "recipe", "platform", "GPU", "profiles", "TF32", "level", "workspace"}
+    assert set(engine.parts) == {f"{name} graph" for name in GRAPH_NAMES} | named
     assert tuple(engine.plans) == GRAPH_NAMES
     for plan in engine.plans.values():
         assert (bundle / "engines" / engine.key / plan.file).stat().st_size == plan.size_bytes > 10_000

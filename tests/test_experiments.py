@@ -89,6 +89,9 @@ def test_every_variant_is_trained_and_tested(small, tmp_path):
     for row in known:
         runs[row["features"], row["triplet"], row["seed"]].append(row["mse"])
     assert len(set(map(tuple, runs.values()))) == len(runs) == len(heads.VARIANTS) * 2  # no two runs are one
+    epochs = list(heads.epoch_rows(tmp_path / "work"))
+    assert len(epochs) == len(runs) * 3
+    assert {(e["features"], e["triplet"], e["seed"]) for e in epochs} == set(runs)
     heads.plot_heads(rows, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().count("triplet hardest") == 1
     loudness = [row["srcc"] for row in rows if row["features"] == "log-mel" and row["axis"] == "CE"]
@@ -106,6 +109,13 @@ def test_the_committed_experiments_are_whole_and_documented():
     assert keys == {(v.features, v.triplet, str(seed), nature, axis) for v, seed, nature, axis in expected}
     assert len(rows) == len(keys)
     assert all(row["processor"] and row["torch"] and int(row["clips"]) > 300 for row in rows)
+    with open(ROOT / "benchmarks" / "results" / "experiments-epochs.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == len(heads.VARIANTS) * len(heads.SEEDS) * heads.HEAD_CONFIG.epochs
+    last = [e for e in epochs if e["features"] == "trunk" and int(e["epoch"]) == heads.HEAD_CONFIG.epochs]
+    assert all(0.445 < float(e["order_correlation"]) < 0.515 for e in last)  # as the document says
+    random = [int(e["active"]) / int(e["anchors"]) for e in last if e["triplet"] == "random"]
+    assert all(0.4 < share < 0.45 for share in random)
     assert heads.head_table(rows) in (ROOT / "docs" / "experiments.md").read_text()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import torch
 
-from aesanet.benchmarks.experiments.heads import head_rows, head_table, plot_heads
+from aesanet.benchmarks.experiments.heads import epoch_rows, head_rows, head_table, plot_heads
 from aesanet.benchmarks.experiments.languages import language_rows, language_table, plot_languages
 from aesanet.benchmarks.tables import provenance, write_rows
 from aesanet.machine import usable_cores
@@ -38,6 +38,7 @@ def heads(work: Path, out: Path) -> None:
     synthetic.generate(packages_folder(work))
     rows = [row | provenance() for row in head_rows(work)]
     write_rows(out / "experiments.csv", rows)
+    write_rows(out / "experiments-epochs.csv", [row | provenance() for row in epoch_rows(work)])
     plot_heads(rows, out / "experiments.svg")
     click.echo(head_table(rows))
 

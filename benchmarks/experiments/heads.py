@@ -6,6 +6,8 @@ term, on other clips than the heads, so that nothing in it is owed to what is co
 kind of labels: what it adds to log-mel is its features and three times as many labelled clips together.
 """
 
+import csv
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,13 +172,24 @@ def head_rows(work: Path) -> Iterator[dict[str, Any]]:
         }
         for seed in SEEDS:
             model = new_head(variant, seed, trunk)
-            out = work / "experiments" / f"{variant.features}-{variant.triplet}-{seed}"
             config = msgspec.structs.replace(HEAD_CONFIG, seed=seed, triplet=variant.triplet)
-            result = train(model, variant.trunk, data["train"], data["validation"], config, out)
+            result = train(model, variant.trunk, data["train"], data["validation"], config, _run(work, variant, seed))
             model.load_state_dict(load_file(result.checkpoint))
             for split, nature in NATURES.items():
                 yield from _axis_rows(Learner(model, variant.trunk, bf16=False), data[split], variant, seed, nature)
             click.echo(f"{variant.name}, seed {seed}: best validation MSE {result.best_mse:.3f}", err=True)
+
+
+def epoch_rows(work: Path) -> Iterator[dict[str, Any]]:
+    """What the trainer kept of every epoch of every head, under `head_rows`' names."""
+    for variant, seed in itertools.product(VARIANTS, SEEDS):
+        with open(_run(work, variant, seed) / "epochs.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                yield {"features": variant.features, "triplet": variant.triplet, "seed": seed, **row}
+
+
+def _run(work: Path, variant: Variant, seed: int) -> Path:
+    return work / "experiments" / f"{variant.features}-{variant.triplet}-{seed}"
 
 
 def _axis_rows(learner: Learner, data: Data, variant: Variant, seed: int, nature: str) -> Iterator[dict[str, Any]]:
