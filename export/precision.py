@@ -3,10 +3,10 @@
 Which type a node computes in follows from its operator and from who uses it:
 
 - matrix products and convolutions are half: they are nearly all of the work. Their weights are stored as half.
-- islands are float: what sums many terms (LayerNorm, softmax, LSTM, means), sigmoids, which are gates and scores, and
-  every sum of two computed tensors: residuals, logits and their bias, the mix of layers.
-- all else (reshapes, biases, GELU) is half where a half node uses it, and float where only islands do. So what enters
-  an island is cast where it was made. (TensorRT-RTX 1.7 fails on a half tensor that is cast right before an LSTM.)
+- islands are float: what sums many terms (LayerNorm, softmax, LSTM, means), and sigmoids, which are gates and scores.
+- all else (reshapes, biases, GELU, sums) is half where a half node uses it, and float where only islands do: so are
+  residuals before their norm, logits and their bias, and the mix of layers. What enters an island is thus cast where it
+  was made. (TensorRT-RTX 1.7 fails on a half tensor that is cast right before an LSTM.)
 
 Attention logits are the one choice. As half they have steps of .25 at 500, and softmax then weighs keys by up to 13 %
 too much or too little. As FP32 nothing of their product is rounded; its operands are half all the same, so that a GPU's
@@ -76,7 +76,7 @@ def _types(graph: ir.Graph, logits: GraphPrecision) -> dict[ir.Node, ir.DataType
     for node in reversed(nodes):
         if node.op_type in PRODUCTS:
             half = not (logits == "fp32" and _is_logits(node))
-        elif node.op_type in ISLANDS or node.op_type == "Cast" or _is_sum_of_two(node):
+        elif node.op_type in ISLANDS or node.op_type == "Cast":
             half = False
         elif node.op_type not in CARRIED:
             raise ExportError(f"{_place(node)}: {node.op_type} is an operator that FP16 has no rule for")
@@ -85,10 +85,6 @@ def _types(graph: ir.Graph, logits: GraphPrecision) -> dict[ir.Node, ir.DataType
             half = any(types[user] == _HALF or user.op_type in PRODUCTS for user in users if user in types)
         types[node] = _HALF if half else _FLOAT
     return {node: types[node] for node in nodes}
-
-
-def _is_sum_of_two(node: ir.Node) -> bool:
-    return node.op_type in ("Add", "Sub") and not any(value is None or value.is_initializer() for value in node.inputs)
 
 
 def _is_logits(node: ir.Node) -> bool:
