@@ -10,7 +10,7 @@ from aesanet.errors import BundleError
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MEL_BINS, SAMPLE_RATE, WindowPolicy
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MANIFEST_NAME: Final = "bundle.json"
 
 GraphName = Literal["frontend", "encoder", "head"]
@@ -80,12 +80,12 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The FP16 graphs of a bundle, and how far they were from its FP32 graphs on real audio: the worst over all clips.
 
-    `logits` is the type in which attention logits leave their matrix product (see docs/precision.md);
+    `logits` are the types in which each graph's attention logits leave their matrix product (see docs/precision.md);
     `features_relative` is |fp16 - fp32| / |fp32| of a clip's features, as Euclidean norms.
     """
 
     graphs: dict[GraphName, GraphSpec]
-    logits: GraphPrecision
+    logits: dict[GraphName, GraphPrecision]
     engine: str
     clips: int
     seconds: float

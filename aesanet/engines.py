@@ -5,18 +5,27 @@ key that left out a part would one day give a plan for another GPU or version.
 """
 
 import hashlib
+import importlib
+import platform
+import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from aesanet.bundle import GRAPH_NAMES, GraphName, Manifest
-from aesanet.errors import BundleError
+from aesanet.errors import BackendError, BundleError
 from aesanet.hashing import file_sha256
+from aesanet.machine import Gpu
 
 ENGINES_FOLDER: Final = "engines"
 ENGINE_NAME: Final = "engine.json"
+
+Flavour = Literal["tensorrt", "rtx"]
+MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_EXTRAS: Final[dict[Flavour, str]] = {"tensorrt": "gpu", "rtx": "rtx"}
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,9 +40,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`engine.json`: every part of the key in words, and the plans."""
+    """`engine.json`: every part of the key in words, and the plans.
+
+    `capabilities` are the compute capabilities that RTX was told to build for; without any, it chose by itself.
+    """
 
     key: str
+    flavour: Flavour
+    capabilities: tuple[str, ...]
     parts: dict[str, str]
     plans: dict[GraphName, Plan]
 
@@ -41,6 +55,42 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def engine_key(parts: Mapping[str, str]) -> str:
     """The sha256 over all parts, in the order of their names."""
     return hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()
+
+
+def load_library(flavour: Flavour) -> Any:
+    """TensorRT's or TensorRT-RTX's module; raises BackendError with what to install."""
+    try:
+        return importlib.import_module(MODULES[flavour])
+    except ImportError as error:
+        raise BackendError(
+            f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{_EXTRAS[flavour]}]'"
+        ) from None
+
+
+def machine_parts(flavour: Flavour, trt: Any, capabilities: tuple[str, ...], gpu: Gpu | None) -> dict[str, str]:
+    """The parts of a key that are of the machine and its library; `gpu` is the one that TensorRT builds for."""
+    if flavour == "tensorrt":
+        where = str(gpu)
+    else:
+        where = f"compute capability {', '.join(capabilities)}" if capabilities else "the library's own choice"
+    return {
+        "library": f"{MODULES[flavour]} {trt.__version__}, CUDA {_cuda_of_library(flavour)}",
+        "platform": f"{sys.platform} {platform.machine()}",
+        "GPU": where,
+    }
+
+
+def misfits(engine: Engine, trt: Any, gpu: Gpu) -> list[str]:
+    """What an engine was built for and is not here, in words; nothing where it can run."""
+    here = machine_parts(engine.flavour, trt, engine.capabilities, gpu)
+    found = [
+        f"it was built for {name} {engine.parts.get(name)}, and here is {value}"
+        for name, value in here.items()
+        if engine.parts.get(name) != value
+    ]
+    if engine.capabilities and gpu.capability not in engine.capabilities:
+        found.append(f"it was built for {here['GPU']}, and here is {gpu}")
+    return found
 
 
 def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
@@ -65,3 +115,14 @@ def _check(path: Path, sha256: str) -> None:
     found: Any = file_sha256(path) if path.is_file() else "missing"
     if found != sha256:
         raise BundleError(f"{path}: sha256 is {found}, but the bundle says {sha256}; compile the bundle again")
+
+
+def _cuda_of_library(flavour: Flavour) -> str:
+    """CUDA's major version that the installed library is of, from its package's name; "unknown" if none says it."""
+    for major in range(11, 20):
+        try:
+            version(f"{MODULES[flavour]}_cu{major}")
+        except PackageNotFoundError:
+            continue
+        return str(major)
+    return "unknown"

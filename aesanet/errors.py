@@ -7,6 +7,7 @@ AesanetError
 +-- TrainingError     a training run that cannot go on                    (RuntimeError)
 +-- BundleError       a bundle folder that is damaged or of another kind  (ValueError)
 +-- BackendError      an engine that is missing or cannot run here        (RuntimeError)
+|   +-- DeviceMemoryError   a GPU whose memory is full
 +-- InputError        inputs of a run that cannot be read at all          (ValueError)
 +-- ClipError         one clip that cannot be scored; carries a code      (ValueError)
 """
@@ -55,6 +56,10 @@ class BundleError(AesanetError, ValueError):
 
 class BackendError(AesanetError, RuntimeError):
     """An engine that is not installed, or cannot run this bundle on this machine."""
+
+
+class DeviceMemoryError(BackendError):
+    """A GPU whose memory is full."""
 
 
 class InputError(AesanetError, ValueError):

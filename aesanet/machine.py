@@ -5,9 +5,9 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from aesanet.errors import BackendError
+from aesanet.errors import BackendError, DeviceMemoryError
 
 _GPU_QUERY: Final = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
 
@@ -20,8 +20,12 @@ class Gpu:
     capability: str
     """Compute capability, such as "9.0"."""
     driver: str
+    """Its version, or the CUDA that it is for."""
     memory: str
     """In MiB, or why it cannot be told: GPUs that share the processor's memory have none of their own."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability}, driver {self.driver}, {self.memory} MiB"
 
 
 def list_gpus() -> list[Gpu]:
@@ -38,6 +42,38 @@ def list_gpus() -> list[Gpu]:
     if not rows or any(len(row) != 4 for row in rows):
         raise BackendError(f"nvidia-smi lists no GPU, but says {found.stdout.strip()!r}")
     return [Gpu(*row) for row in rows]
+
+
+def load_cuda() -> Any:
+    """CUDA's runtime by way of cuda-python, which needs no toolkit; raises BackendError where it is not installed."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise BackendError(f"cuda-python cannot be imported ({error}): pip install 'aesanet[gpu]'") from None
+    return runtime
+
+
+def cuda_call(cuda: Any, name: str, *arguments: Any) -> Any:
+    """What a function of CUDA's runtime returns beside its error; raises BackendError, or DeviceMemoryError."""
+    error, *values = getattr(cuda, name)(*arguments)
+    if error != cuda.cudaError_t.cudaSuccess:
+        reason = f"CUDA failed in {name}: {error.name} ({cuda.cudaGetErrorString(error)[1].decode()})"
+        if error == cuda.cudaError_t.cudaErrorInsufficientDriver:
+            reason += "; is there an NVIDIA driver, and is it new enough?"
+        raise (DeviceMemoryError if error == cuda.cudaError_t.cudaErrorMemoryAllocation else BackendError)(reason)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def cuda_gpu(cuda: Any) -> Gpu:
+    """The GPU that CUDA takes first, or the slice of one (MIG); raises BackendError where there is none."""
+    found = cuda_call(cuda, "cudaGetDeviceProperties", cuda_call(cuda, "cudaGetDevice"))
+    driver = cuda_call(cuda, "cudaDriverGetVersion")
+    return Gpu(
+        found.name.decode(),
+        f"{found.major}.{found.minor}",
+        f"for CUDA {driver // 1000}.{driver % 1000 // 10}",
+        str(found.totalGlobalMem // 2**20),
+    )
 
 
 def processor_name() -> str:

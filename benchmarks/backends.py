@@ -21,6 +21,9 @@ import numpy as np
 import torch
 
 from aesanet.export.build import export_bundle
+from aesanet.export.compile import choose_flavour, compile_bundle
+from aesanet.export.engine import Settings
+from aesanet.export.profiles import default_profiles
 from aesanet.lengths import SAMPLE_RATE, num_tokens
 from aesanet.machine import processor_name, usable_cores
 from aesanet.models.aesanet import AESANet
@@ -28,7 +31,7 @@ from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
 from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
-from aesanet.runtime.backends import BackendName, supported_backends
+from aesanet.runtime.backends import BackendName, supported_backends, tensorrt
 from aesanet.runtime.backends.base import Device, Precision
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
@@ -56,6 +59,8 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
         on_gpu = torch.cuda.is_available()
         recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()] if on_gpu else []
         export_bundle(checkpoint, bundle, half_on=recordings)
+        if tensorrt.support().runs:
+            compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
         for _ in range(passes):
             for open_engine in _openers(model, bundle, threads):
                 name, engine = open_engine()

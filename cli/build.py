@@ -9,7 +9,8 @@ from aesanet.cli.export import export
 
 
 def _build(**given: Any) -> None:
-    from aesanet.export.engine import check_capabilities, load_library
+    from aesanet.engines import load_library
+    from aesanet.export.engine import check_capabilities
 
     # What would fail after minutes fails now.
     flavour, capabilities = asked_for(given["flavour"], given["capability"])

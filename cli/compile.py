@@ -8,7 +8,7 @@ import click
 from aesanet.cli.notes import note
 
 if TYPE_CHECKING:
-    from aesanet.export.engine import Flavour
+    from aesanet.engines import Flavour
     from aesanet.export.profiles import Profile
 
 
@@ -77,7 +77,7 @@ def compile(
     """Compile BUNDLE's FP16 graphs (see `aesanet export --fp16`) and its front end to an engine beside them.
 
     An engine that was built from the same graphs, by the same library, for the same GPU and with the same options is
-    taken as it is; what differs is said. `aesanet score` does not run engines yet.
+    taken as it is; what differs is said. `aesanet score` takes the last engine that fits the GPU that it runs on.
     """
     from aesanet.bundle import read_manifest
     from aesanet.export.compile import compile_bundle

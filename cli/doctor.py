@@ -15,7 +15,7 @@ _PACKAGES = {
     "aesanet": ("numpy", "soundfile", "soxr", "msgspec"),
     "aesanet[export]": ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"),
     "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
-    "aesanet[rtx]": ("tensorrt-rtx",),
+    "aesanet[rtx]": ("cuda-python", "tensorrt-rtx"),
 }
 
 
@@ -36,8 +36,8 @@ def doctor() -> None:
     supported = supported_backends()
     for name, support in supported.items():
         runs = ", ".join(f"{device} {precision}" for device, precision in support.runs)
-        head = f"{name} {support.version}: {runs}" if support.version else f"{name}:"
-        click.echo(f"  {head} ({support.detail})")
+        head = " ".join(filter(None, (name, support.version)))
+        click.echo(f"  {head}:{f' {runs}' if runs else ''} ({support.detail})")
 
     click.echo("\npackages")
     for install, packages in _PACKAGES.items():
@@ -67,8 +67,7 @@ def _gpus() -> Iterator[str]:
     except BackendError as error:
         yield str(error)
         return
-    for gpu in gpus:
-        yield f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory} MiB"
+    yield from map(str, gpus)
 
 
 def _codecs() -> Iterator[str]:

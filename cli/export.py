@@ -35,6 +35,7 @@ def export(checkpoint: Path, beats: Path | None, out: Path, fp16: bool, audio: t
     """
     with extra("export,cpu"):
         from aesanet.export.build import export_bundle
+        from aesanet.export.half import in_words
         from aesanet.models.public_beats import KNOWN_FILES
 
     if audio and not fp16:
@@ -52,7 +53,8 @@ def export(checkpoint: Path, beats: Path | None, out: Path, fp16: bool, audio: t
     if (half := manifest.half) is not None:
         clips = "clip" if half.clips == 1 else "clips"
         click.echo(
-            f"{out}: FP16 (attention logits in {half.logits}) and FP32 on {half.clips} {clips}, {half.seconds:.0f} s: "
+            f"{out}: FP16 (attention logits in {in_words(half.logits)}) and FP32 on {half.clips} {clips}, "
+            f"{half.seconds:.0f} s: "
             f"features {half.features_relative:.1e} (relative; limit {half.features_limit:.0e}), "
             f"scores {half.scores_max_abs:.1e} (limit {half.scores_limit:.0e})"
         )

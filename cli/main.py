@@ -1,6 +1,7 @@
 """The `aesanet` command: each family of commands is imported only when it is called."""
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
+    logging.basicConfig(format="aesanet: %(message)s")
     try:
         sys.exit(cli.main(args=arguments, prog_name="aesanet", standalone_mode=False) or 0)
     except click.ClickException as error:

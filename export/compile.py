@@ -1,10 +1,7 @@
 """A bundle's graphs to an engine in it: built under its key, or found there."""
 
 import importlib.util
-import os
-import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,23 +11,23 @@ from typing import Literal
 import msgspec
 
 from aesanet.bundle import GraphName, GraphSpec, Manifest, graph_file, read_manifest
-from aesanet.engines import ENGINE_NAME, ENGINES_FOLDER, Engine, Plan, engine_key, read_engine
-from aesanet.errors import BackendError, BundleError, CompileError
-from aesanet.export.engine import (
+from aesanet.engines import (
+    ENGINE_NAME,
+    ENGINES_FOLDER,
     MODULES,
-    RECIPE,
-    BuiltPlan,
+    Engine,
     Flavour,
-    Settings,
-    build_plan,
-    check_capabilities,
-    cuda_of_library,
+    Plan,
+    engine_key,
     load_library,
-    workspace_bytes,
+    machine_parts,
+    read_engine,
 )
+from aesanet.errors import BackendError, BundleError, CompileError
+from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
-from aesanet.machine import list_gpus
+from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
 
 def choose_flavour(asked: Literal["auto"] | Flavour) -> Flavour:
@@ -52,8 +49,8 @@ def compile_bundle(
 ) -> tuple[Engine, bool]:
     """Build the FP16 engine of a bundle, or find it there by its key; says whether it was built.
 
-    The front end stays FP32. Raises BundleError, or CompileError with TensorRT's own reason; the bundle is then the
-    same as before, but for `engines/build.log`.
+    The front end stays FP32. Raises BundleError, BackendError (no such library here), or CompileError with TensorRT's
+    own reason; the bundle is then the same as before, but for `engines/build.log`.
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
@@ -61,13 +58,11 @@ def compile_bundle(
     trt = load_library(flavour)
     check_capabilities(trt, settings.capabilities)
     # FP32 logits are products of half numbers, which TF32 multiplies exactly; the encoder has no other FP32 product.
-    tf32_graph = "encoder" if manifest.half and manifest.half.logits == "fp32" else None
+    tf32_graph = "encoder" if manifest.half and manifest.half.logits["encoder"] == "fp32" else None
     parts = {
         **{f"{name} graph": spec.sha256 for name, spec in graphs.items()},
-        "library": f"{MODULES[flavour]} {trt.__version__}, CUDA {cuda_of_library(flavour)}",
+        **machine_parts(flavour, trt, settings.capabilities, _gpu() if flavour == "tensorrt" else None),
         "recipe": str(RECIPE),
-        "platform": f"{sys.platform} {platform.machine()}",
-        "GPU": _gpu(flavour, settings),
         "profiles": "; ".join(map(str, settings.profiles)),
         "TF32": tf32_graph or "no graph",
         "level": "the library's own" if settings.level is None else str(settings.level),
@@ -92,7 +87,7 @@ def compile_bundle(
                 progress(f"compiling {spec.file}")
                 built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress)
                 plans[name] = _write_plan(built, folder / f"{name}.plan")
-            engine = Engine(key, parts, plans)
+            engine = Engine(key, flavour, settings.capabilities, parts, plans)
             (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
             _add(bundle, engine, folder, graphs)
     except OSError as error:
@@ -127,23 +122,15 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
     write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines))
 
 
-def _gpu(flavour: Flavour, settings: Settings) -> str:
-    """The GPUs that a plan is for, in words; raises CompileError where one has to be here and is not."""
-    if settings.capabilities:
-        return f"compute capability {', '.join(settings.capabilities)}"
-    if flavour == "rtx":
-        return "the library's own choice"
+def _gpu() -> Gpu:
+    """The GPU that TensorRT builds for; raises CompileError where there is none."""
     try:
-        gpus = list_gpus()
+        return cuda_gpu(load_cuda())
     except BackendError as error:
         raise CompileError(
             f"TensorRT builds for the GPU that is here, and there is none: {error}; "
             "compile on the machine that will score, or for RTX GPUs with --flavour rtx"
         ) from None
-    # Which of several CUDA takes as its first is not the driver's order, so all of them are in the key.
-    names = (f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}, {gpu.memory} MiB" for gpu in gpus)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    return f"{'; '.join(names)}; visible: {visible}"
 
 
 def _changed_parts(bundle: Path, manifest: Manifest, parts: Mapping[str, str]) -> list[str] | None:

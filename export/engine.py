@@ -3,23 +3,18 @@
 What only one has is looked up and not assumed: RTX builds for GPUs that are not here, TensorRT for the one that is.
 """
 
-import importlib
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
 from aesanet.bundle import GraphSpec
 from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
-
-Flavour = Literal["tensorrt", "rtx"]
-MODULES: Final[dict[Flavour, str]] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 
 RECIPE: Final = 1
 """A part of every engine's key: to be raised when `build_plan` builds otherwise than before."""
@@ -51,29 +46,9 @@ class BuiltPlan(msgspec.Struct, frozen=True):
     activation_bytes: tuple[int, ...]
 
 
-def load_library(flavour: Flavour) -> Any:
-    """TensorRT's or TensorRT-RTX's module; raises CompileError with what to install."""
-    try:
-        return importlib.import_module(MODULES[flavour])
-    except ImportError as error:
-        extra = {"tensorrt": "gpu", "rtx": "rtx"}[flavour]
-        raise CompileError(f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{extra}]'") from None
-
-
 def workspace_bytes(gib: float) -> int:
     """GiB in bytes."""
     return round(gib * 2**30)
-
-
-def cuda_of_library(flavour: Flavour) -> str:
-    """CUDA's major version that the installed library is of, from its package's name; "unknown" if none says it."""
-    for major in range(11, 20):
-        try:
-            version(f"{MODULES[flavour]}_cu{major}")
-        except PackageNotFoundError:
-            continue
-        return str(major)
-    return "unknown"
 
 
 def build_plan(

@@ -1,6 +1,7 @@
 """Scores from a bundle and audio: the one object that users hold."""
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -14,7 +15,7 @@ from aesanet.bundle import Manifest, graph_file, read_manifest
 from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 from aesanet.runtime.backends import BackendName, open_backend
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Pending, Precision
 from aesanet.runtime.decode import ClipReader, checked_mono, checked_rate, resample
 from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
 from aesanet.runtime.windows import pad_batch, split_windows
@@ -25,6 +26,7 @@ OneAudio = TypeVar("OneAudio", bound=Audio)
 
 # A batch of windows from one clip: enough to fill the cores, and little memory.
 BATCH_WINDOWS = 4
+_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Scorer:
         """
         manifest = read_manifest(bundle)
         files = BundleFiles(
+            Path(bundle),
             manifest,
             {name: graph_file(bundle, spec) for name, spec in manifest.graphs.items()},
             {name: graph_file(bundle, spec) for name, spec in manifest.half.graphs.items()} if manifest.half else {},
@@ -132,15 +135,26 @@ class Scorer:
         # A last window without one patch of its own (0.175 s) cannot be seen by the network, and is left out.
         windows = (window for window in split_windows(blocks, self.manifest.window) if len(window) >= MIN_SAMPLES)
         weighted_sum, weight = np.zeros(len(AXES)), 0
-        while batch := list(islice(windows, BATCH_WINDOWS)):
-            waveform, num_samples = pad_batch(batch)
-            weighted_sum += num_samples @ self.backend.scores(waveform, num_samples).astype(np.float64)
+        for num_samples, scores in self._batch_scores(windows):
+            weighted_sum += num_samples @ scores.astype(np.float64)
             weight += int(num_samples.sum())
         if not weight:
             raise ClipError("too_short", f"shorter than {MIN_SAMPLES / SAMPLE_RATE} s, the least that can be scored")
         if not np.isfinite(weighted_sum).all():
             raise ClipError("bad_score", f"{self.backend.name} gave {weighted_sum / weight}")
         return weighted_sum / weight
+
+    def _batch_scores(self, windows: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """num_samples and scores of each batch in order; the next ones are under way while one is waited for."""
+        under_way: deque[tuple[np.ndarray, Pending]] = deque()
+        while batch := list(islice(windows, BATCH_WINDOWS)):
+            waveform, num_samples = pad_batch(batch)
+            under_way.append((num_samples, self.backend.submit(waveform, num_samples)))
+            if len(under_way) > _BATCHES_AHEAD:
+                num_samples, scores = under_way.popleft()
+                yield num_samples, scores()
+        for num_samples, scores in under_way:
+            yield num_samples, scores()
 
 
 def _rounded(scores: np.ndarray, seconds: float) -> ClipScores:

@@ -1,5 +1,6 @@
 """Engines, built by the real TensorRT-RTX: types as written, keys that miss nothing, refusals with their reason."""
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -22,13 +23,13 @@ from onnx import TensorProto, helper
 
 from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
 from aesanet.cli.main import cli, main
-from aesanet.engines import engine_key, read_engine
+from aesanet.engines import engine_key, load_library, misfits, read_engine
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export import engine as engine_room
 from aesanet.export import half as half_room
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
-from aesanet.export.engine import Settings, build_plan, known_capabilities, layer_types, load_library, parse
+from aesanet.export.engine import Settings, build_plan, known_capabilities, layer_types, parse
 from aesanet.export.graph import export_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
@@ -227,9 +228,9 @@ def test_a_full_disk_is_one_error_and_leaves_the_bundle_as_it_was(bundle, monkey
 
 
 def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(half_room, "_LOGITS", ("fp32",))
+    monkeypatch.setattr(half_room, "_LOGITS", ({"encoder": "fp32", "head": "fp16"},))
     out = tmp_path / "b"
-    assert export_bundle(tiny_checkpoint, out, half_on=clips[:1]).half.logits == "fp32"
+    assert export_bundle(tiny_checkpoint, out, half_on=clips[:1]).half.logits["encoder"] == "fp32"
     allowed = []
 
     def build(trt, path, spec, settings, tf32, *rest):
@@ -392,23 +393,37 @@ def test_auto_is_tensorrt_only_where_it_and_a_gpu_are(nvidia_smi, monkeypatch, i
     assert choose_flavour("tensorrt") == "tensorrt"
 
 
-def test_a_plan_of_tensorrt_is_for_the_gpus_and_driver_that_are_here(bundle, nvidia_smi, monkeypatch, trt):
+def test_a_plan_of_tensorrt_is_for_the_gpu_and_driver_that_are_here(bundle, monkeypatch, trt):
     """Built with RTX in TensorRT's place, which cannot build without a GPU."""
     monkeypatch.setattr("aesanet.export.compile.load_library", lambda flavour: trt)
-    nvidia_smi("exit 9")
-    with pytest.raises(
-        CompileError, match=r"there is none: nvidia-smi failed: .*; compile on the machine that will score"
-    ):
-        compile_bundle(bundle, "tensorrt", SMALL)
+
+    def on(gpu):
+        monkeypatch.setattr("aesanet.export.compile.load_cuda", lambda: None)
+        monkeypatch.setattr("aesanet.export.compile.cuda_gpu", lambda cuda: gpu)
+
+    h200, mig = Gpu("NVIDIA H200", "9.0", "for CUDA 13.0", "143771"), Gpu("NVIDIA H200 MIG 1g.18gb", "9.0", "", "18000")
     keys = set()
-    for driver, visible in (("580.1", "0"), ("581.2", "0"), ("580.1", "1")):
-        nvidia_smi(f"echo 'NVIDIA H200, 9.0, {driver}, 143771'; echo 'NVIDIA L4, 8.9, {driver}, 23034'")
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for gpu in (h200, mig, dataclasses.replace(h200, driver="for CUDA 13.1")):
+        on(gpu)
         engine, built = compile_bundle(bundle, "tensorrt", SMALL)
         assert built
-        assert "NVIDIA H200, compute capability 9.0, driver 58" in engine.parts["GPU"]
+        assert engine.parts["GPU"] == str(gpu)
+        assert misfits(engine, trt, gpu) == []
         keys.add(engine.key)
     assert len(keys) == 3
+    (told,) = misfits(engine, trt, h200)
+    assert told == f"it was built for GPU {gpu}, and here is {h200}"
+
+
+def test_without_a_gpu_tensorrt_says_where_to_compile(bundle, monkeypatch, trt):
+    monkeypatch.setattr("aesanet.export.compile.load_library", lambda flavour: trt)
+
+    def none():
+        raise BackendError("no driver")
+
+    monkeypatch.setattr("aesanet.export.compile.load_cuda", none)
+    with pytest.raises(CompileError, match="there is none: no driver; compile on the machine that will score"):
+        compile_bundle(bundle, "tensorrt", SMALL)
 
 
 def test_the_command_says_what_went_into_the_engine(bundle, capsys):
@@ -462,7 +477,7 @@ def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, clips
     measured["base size, loud, FP16"] = (
         f"logits in {half.logits}, features {half.features_relative:.1e}, scores {half.scores_max_abs:.1e}"
     )
-    assert half.logits == "fp32"
+    assert half.logits["encoder"] == "fp32"
     settings = Settings(default_profiles(10.0), capabilities=("8.0", "8.9", "12.0"))
     for name, spec in {**graphs, **half.graphs}.items():
         built = build_plan(trt, tmp_path / spec.file, spec, settings, name == "encoder", [])
@@ -474,5 +489,5 @@ def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, clips
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("tensorrt")), reason="TensorRT is here")
 def test_a_library_that_is_missing_is_named_with_its_extra(bundle):
-    with pytest.raises(CompileError, match=r"tensorrt cannot be imported .*: pip install 'aesanet\[gpu\]'"):
+    with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*: pip install 'aesanet\[gpu\]'"):
         compile_bundle(bundle, "tensorrt", SMALL)

@@ -189,7 +189,7 @@ def test_rounding_agrees_with_the_reference_evaluator(half_bundle, clips, name):
 def test_the_manifest_tells_what_was_measured(half_bundle, clips):
     found = read_manifest(half_bundle).half
     assert found.clips == len(clips) == 8
-    assert found.logits == "fp16"
+    assert found.logits == {"encoder": "fp16", "head": "fp16"}
     assert found.seconds == pytest.approx(sum(map(len, clips)) / 16_000)
     assert 0 < found.features_relative <= found.features_limit == 5e-3
     assert 0 < found.scores_max_abs <= found.scores_limit == 0.02
@@ -197,6 +197,17 @@ def test_the_manifest_tells_what_was_measured(half_bundle, clips):
         assert spec.file == f"{name}.fp16.onnx"
         assert spec.precision == "fp16"
         assert spec.sha256 == file_sha256(half_bundle / spec.file)
+
+
+def logits_types(bundle, half):
+    """The one type of all attention logits of encoder and head, as their files have it."""
+    found = []
+    for name in HALF_GRAPH_NAMES:
+        graph = ir.load(bundle / half.graphs[name].file).graph
+        types = {value.name: value.dtype.name for node in graph for value in node.outputs}
+        (dtype,) = {types[logit] for logit in logits_of(ir.to_proto(graph))}
+        found.append({"FLOAT": "fp32", "FLOAT16": "fp16"}[dtype])
+    return found
 
 
 def edited(bundle, folder, changes):
@@ -220,13 +231,29 @@ def shared_direction(bias):
     return bias + (length * direction / np.linalg.norm(direction, axis=1, keepdims=True)).ravel()
 
 
-def test_loud_attention_keeps_its_logits_in_float(tiny_bundle, clips, tmp_path):
+ROUNDING = "rounding to FP16, attention logits in "
+
+
+def test_a_loud_trunk_keeps_its_logits_in_float_and_the_head_does_not(tiny_bundle, clips, tmp_path):
     """As half they would be rounded to steps of .25; FP16 is then not given up, and not let through either."""
     loud = edited(tiny_bundle, tmp_path / "b", {"q_proj.bias": shared_direction, "k_proj.bias": shared_direction})
     said = []
     found = add_half(loud, read_manifest(loud).graphs, clips[:1], said.append)
-    assert said == ["rounding to FP16, attention logits in fp16", "rounding to FP16, attention logits in fp32"]
-    assert found.logits == "fp32"
+    assert said == [f"{ROUNDING}fp16", f"{ROUNDING}fp32 in the encoder and fp16 in the head"]
+    assert found.logits == {"encoder": "fp32", "head": "fp16"}
+    assert logits_types(loud, found) == ["fp32", "fp16"]
+
+
+@pytest.mark.parametrize("tried", [1, 2, 3, 4])
+def test_float_logits_are_tried_graph_by_graph(tiny_bundle, clips, tmp_path, monkeypatch, tried):
+    """With a check that fails until then."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    measured = iter([(1e-2, 0.0), (1e-3, 0.1), (float("nan"), 0.0), (1e-3, 0.01)][4 - tried :])
+    monkeypatch.setattr(half, "_worst_differences", lambda *arguments: next(measured))
+    found = add_half(bundle, read_manifest(bundle).graphs, clips[:1])
+    expected = [("fp16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")][tried - 1]
+    assert tuple(found.logits.values()) == expected
+    assert tuple(logits_types(bundle, found)) == expected
 
 
 @pytest.mark.parametrize(
@@ -295,14 +322,14 @@ def test_fp16_says_what_it_needs(tiny_bundle, half_bundle):
         BackendError, match=r"fp16 needs a CUDA GPU.*no FP16 graphs, which `aesanet export --fp16` makes"
     ):
         Scorer.open(tiny_bundle, precision="fp16")
-    with pytest.raises(BackendError, match=r"fp16 needs a CUDA GPU and onnxruntime-gpu\)$"):
+    with pytest.raises(BackendError, match=r"fp16 needs a CUDA GPU, and TensorRT or onnxruntime-gpu\)$"):
         Scorer.open(half_bundle, precision="fp16")
 
 
 def files_of(bundle):
     manifest = read_manifest(bundle)
     fp32, fp16 = ({n: bundle / s.file for n, s in g.items()} for g in (manifest.graphs, manifest.half.graphs))
-    return BundleFiles(manifest, fp32, fp16)
+    return BundleFiles(bundle, manifest, fp32, fp16)
 
 
 def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):

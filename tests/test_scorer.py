@@ -16,6 +16,7 @@ from aesanet.lengths import MIN_SAMPLES, WindowPolicy
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime import backends
 from aesanet.runtime.backends import supported_backends
+from aesanet.runtime.backends.base import Backend
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip, Row
 from aesanet.runtime.scorer import ClipScores, Scorer
@@ -199,7 +200,7 @@ def test_threads_of_the_engine_are_those_asked_for(tiny_bundle, name):
         assert encoder.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
 
 
-class Recorder:
+class Recorder(Backend):
     """Stands for an engine: remembers the lengths of its windows, and scores a window by its first sample."""
 
     name = "recorder"

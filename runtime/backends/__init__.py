@@ -4,19 +4,21 @@ from collections.abc import Callable
 from typing import Literal
 
 from aesanet.errors import BackendError
-from aesanet.runtime.backends import onnxruntime, openvino
+from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
 
-BackendName = Literal["onnxruntime", "openvino"]
+BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 
 _Open = Callable[[BundleFiles, Device, Precision, int | None], Backend]
 _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
     "onnxruntime": (onnxruntime.OnnxRuntimeBackend, onnxruntime.support),
     "openvino": (openvino.OpenVINOBackend, openvino.support),
+    "tensorrt": (tensorrt.open_tensorrt, tensorrt.support),
 }
 
 # Fastest first: on CPUs by benchmarks/results/backends.csv, and a GPU before any CPU.
 _FASTEST_FIRST: tuple[tuple[BackendName, Device, Precision, str], ...] = (
+    ("tensorrt", "cuda", "fp16", "the bundle has an engine for this GPU"),
     ("onnxruntime", "cuda", "fp16", "a CUDA GPU is here, and the bundle has FP16 graphs"),
     ("onnxruntime", "cuda", "fp32", "a CUDA GPU is here"),
     ("openvino", "cpu", "bf16", "the fastest here: this processor computes in bf16"),
@@ -45,20 +47,37 @@ def open_backend(
     failed: list[str] = []
     for engine, on, in_precision, reason in _FASTEST_FIRST:
         asked = (name in ("auto", engine), device in ("auto", on), precision in ("auto", in_precision))
-        in_bundle = in_precision != "fp16" or files.fp16
-        if all(asked) and in_bundle and (on, in_precision) in here[engine].runs:
-            try:
-                backend = _ENGINES[engine][0](files, on, in_precision, threads)
-            except Exception as error:  # engines raise what they like; the next one may do
-                failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
-                continue
-            return backend, "; ".join(failed) or (reason if name == "auto" else "as asked")
+        if not all(asked):
+            continue
+        if (on, in_precision) not in here[engine].runs:
+            continue
+        if (lacking := _lacking(files, engine, in_precision)) is not None:
+            failed.append(f"{engine} {on} {in_precision}: {lacking}")
+            continue
+        try:
+            backend = _ENGINES[engine][0](files, on, in_precision, threads)
+        except Exception as error:  # engines raise what they like; the next one may do
+            failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
+            continue
+        return backend, "; ".join(failed) or (reason if name == "auto" else "as asked")
     if precision == "fp16":
         if not any("fp16" in (can for _, can in support.runs) for support in here.values()):
-            failed.append("fp16 needs a CUDA GPU and onnxruntime-gpu")
+            failed.append("fp16 needs a CUDA GPU, and TensorRT or onnxruntime-gpu")
         if not files.fp16:
-            failed.append("the bundle has no FP16 graphs, which `aesanet export --fp16` makes")
+            failed.append(_NO_HALF)
     found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(
         f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found})"
     )
+
+
+_NO_HALF = "the bundle has no FP16 graphs, which `aesanet export --fp16` makes"
+
+
+def _lacking(files: BundleFiles, engine: BackendName, precision: Precision) -> str | None:
+    """What an engine needs of a bundle that this one has not."""
+    if precision == "fp16" and not files.fp16:
+        return _NO_HALF
+    if engine == "tensorrt" and not files.manifest.engines:
+        return "the bundle has no engine, which `aesanet compile` makes"
+    return None

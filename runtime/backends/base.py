@@ -1,9 +1,10 @@
 """What every engine offers, and no more: scores of a padded batch."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -12,13 +13,17 @@ from aesanet.bundle import GraphName, Manifest
 Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 
+Pending: TypeAlias = Callable[[], np.ndarray]
+"""Waits for a batch's scores and returns them, float32 [batch, 4]; may be called again."""
 
-class Backend(Protocol):
+
+class Backend(ABC):
     """An engine with a bundle's three graphs loaded."""
 
     name: str
     """Of the engine, its version, its device and the encoder's precision, for people and reports."""
 
+    @abstractmethod
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """Score one batch; may be called from several threads.
 
@@ -26,13 +31,18 @@ class Backend(Protocol):
         num_samples : int64 [batch], each at least 2,800
         returns     : float32 [batch, 4], order CE, CU, PC, PQ
         """
-        ...
+
+    def submit(self, waveform: np.ndarray, num_samples: np.ndarray) -> Pending:
+        """Begin to score a batch, as `scores` takes it. An engine of its own memory goes on while the caller does."""
+        scores = self.scores(waveform, num_samples)
+        return lambda: scores
 
 
 @dataclass(frozen=True)
 class BundleFiles:
     """A bundle whose manifest and graph files were checked, as engines take it."""
 
+    folder: Path
     manifest: Manifest
     fp32: Mapping[GraphName, Path]
     fp16: Mapping[GraphName, Path]

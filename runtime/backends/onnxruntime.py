@@ -1,5 +1,6 @@
 """ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,10 @@ import numpy as np
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
-from aesanet.runtime.backends.base import BundleFiles, Device, Precision, Support
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Three sessions on one device."""
 
     def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
@@ -23,6 +24,7 @@ class OnnxRuntimeBackend:
         providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if device == "cuda" else []
         providers.append("CPUExecutionProvider")
         paths = {**files.fp32, **(files.fp16 if precision == "fp16" else {})}
+        self._device = device
         self._frontend, self._encoder, self._head = (
             onnxruntime.InferenceSession(paths[name], options, providers=providers) for name in GRAPH_NAMES
         )
@@ -34,10 +36,21 @@ class OnnxRuntimeBackend:
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
         tokens = num_tokens(num_samples)
-        (fbank,) = self._frontend.run(["fbank"], {"waveform": waveform})
-        (features,) = self._encoder.run(["features"], {"fbank": fbank, "num_tokens": tokens})
-        (scores,) = self._head.run(["scores"], {"features": features, "num_tokens": tokens})
-        return np.asarray(scores)
+        fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device)
+        features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens}, "features", self._device)
+        scores = _run(self._head, {"features": features, "num_tokens": tokens}, "scores", "cpu")
+        return np.asarray(scores.numpy())
+
+
+def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device) -> Any:
+    """One graph's output as a value of ONNX Runtime that stays on the device; so does an input that is one."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        (binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input)(name, value)
+    binding.bind_output(output, device)
+    session.run_with_iobinding(binding)
+    (value,) = binding.get_outputs()
+    return value
 
 
 def support() -> Support:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from aesanet.lengths import num_tokens
-from aesanet.runtime.backends.base import BundleFiles, Device, Precision, Support
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVINOBackend:
+class OpenVINOBackend(Backend):
     """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
 
     def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:

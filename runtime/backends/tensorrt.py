@@ -1,0 +1,352 @@
+"""TensorRT and TensorRT-RTX: a bundle's compiled engines, kept busy.
+
+Three streams carry a batch: one copies it in; one runs front end and encoder; one runs the head, beside the next
+batch's encoder, and copies the scores out. A batch has a slot, which holds all that the streams hand each other; a slot
+is used again when its last scores have arrived. Within a stream order is enough; between them, events are.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from threading import RLock
+from typing import Any, Final
+
+import numpy as np
+
+from aesanet.axes import AXES
+from aesanet.bundle import GraphName
+from aesanet.engines import ENGINES_FOLDER, MODULES, load_library, misfits, read_engine
+from aesanet.errors import BackendError, BundleError, DeviceMemoryError
+from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
+from aesanet.machine import cuda_gpu, load_cuda
+from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Pending, Precision, Support
+from aesanet.runtime.device import Blocks, CudaDevice
+from aesanet.runtime.shapes import Profile, choose_profile
+from aesanet.runtime.stage import Run, Shapes, Stage
+
+_SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
+_GRAPHS_KEPT: Final = 32
+_FLOAT32: Final = 4
+_INT64: Final = 8
+
+_log = logging.getLogger("aesanet")
+
+
+class TensorRTBackend(Backend):
+    """A bundle's three plans on one GPU.
+
+    plans       : of each graph, as `aesanet compile` wrote them
+    trt         : the module that built them, `tensorrt` or `tensorrt_rtx`
+    graphs_kept : CUDA graphs of each plan; 0 for none
+
+    Raises BackendError where a plan cannot run here.
+    """
+
+    def __init__(
+        self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = _GRAPHS_KEPT
+    ) -> None:
+        self.name = f"{trt.__name__} {trt.__version__} cuda fp16"
+        self._device = device
+        self._copying, self._encoding, self._scoring = (device.stream() for _ in range(3))
+        complaints: list[str] = []
+        streams: dict[GraphName, Any] = {
+            "frontend": self._encoding,
+            "encoder": self._encoding,
+            "head": self._scoring,
+        }
+        self._frontend, self._encoder, self._head = self._stages = tuple(
+            Stage(trt, plans[name], name, device, stream, complaints, graphs_kept) for name, stream in streams.items()
+        )
+        self._width = self._encoder.engine.get_tensor_shape("features")[2]
+        self.profiles = _profiles(self._frontend.engine)
+        self._most = {profile.index: profile.max_batch for profile in self.profiles}
+        self._blocks = Blocks(device)
+        weakref.finalize(self, _close, device, self._stages, self._blocks)
+        self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
+        self._slots = [_Slot(number, *(device.event() for _ in range(4))) for number in range(_SLOTS)]
+        self._turn = 0
+        self._lock = RLock()
+
+    def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+        """As `Backend.scores`."""
+        return self.submit(waveform, num_samples)()
+
+    def submit(self, waveform: Any, num_samples: np.ndarray, stream: Any = None) -> Pending:
+        """Begin to score a batch of any size, in pieces that the engine and the GPU's memory take.
+
+        waveform    : float32 [batch, samples], 16 kHz, padded at the end; an array on the host, which is copied before
+                      this returns, or one on this GPU (`__cuda_array_interface__` or DLPack; contiguous), which is read
+                      where it is
+        num_samples : int64 [batch], on the host, each at least 2,800
+        stream      : the CUDA stream that fills `waveform` on the GPU (an integer, or an object of PyCUDA, CuPy,
+                      PyTorch or cuda.core). What is given to it later waits until the waveform was read. Without a
+                      stream, the array must be complete, and stay as it is until the scores are there
+
+        Raises BackendError, or DeviceMemoryError where not even one clip fits into the GPU's memory.
+        """
+        with self._lock:
+            self._device.use()
+            batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
+            profile = choose_profile(self.profiles, batch.samples)
+            parts: list[_Part] = []
+            while len(batch.num_samples):
+                most = self._most[profile.index]
+                try:
+                    parts.append(self._launch(profile, batch.first(most)))
+                except DeviceMemoryError as error:
+                    self._halve(profile, min(most, len(batch.num_samples)), error)
+                    continue
+                except BackendError:
+                    with suppress(BackendError):  # which may be the same once more
+                        self._drain()
+                    raise
+                batch = batch.after(most)
+        return lambda: np.concatenate([self._wait(part) for part in parts])
+
+    def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> "_Batch":
+        array: np.ndarray | DeviceArray
+        if on_device(waveform):
+            array = device_array(waveform, int(self._encoding))
+            stream = array.stream if stream is None else stream_handle(stream)
+        else:
+            array = np.asarray(waveform, np.float32)
+        if len(array.shape) != 2 or num_samples.shape != array.shape[:1] or not len(num_samples):
+            raise ValueError(
+                f"waveform {list(array.shape)} with num_samples {list(num_samples.shape)}; "
+                "give [batch, samples] and [batch]"
+            )
+        if not MIN_SAMPLES <= num_samples.min() <= num_samples.max() <= array.shape[1]:
+            raise ValueError(
+                f"num_samples from {num_samples.min()} to {num_samples.max()} in a waveform of {array.shape[1]}; "
+                f"each must be from {MIN_SAMPLES} to the waveform's"
+            )
+        return _Batch(array, num_samples, stream)
+
+    def _launch(self, profile: Profile, batch: "_Batch") -> "_Part":
+        """Give one batch to the streams; the scores of the one whose slot it takes are brought to safety first."""
+        slot = self._slots[self._turn]
+        self._finish(slot)
+        lent = isinstance(batch.waveform, DeviceArray)
+        count = len(batch.num_samples)
+        rows, samples = (count, batch.samples) if lent else profile.padded(count, batch.samples)
+        self._reserve(profile, rows, samples)
+        blocks, memory = self._blocks, (self._blocks["layers"], self._blocks.size("layers"))
+        waveform, tokens, features = (
+            blocks[f"{name} {slot.number}"] for name in ("waveform", "num_tokens", "features")
+        )
+
+        counted = slot.host("num_tokens", np.int64, (rows,), self._device)
+        counted[:count], counted[count:] = num_tokens(batch.num_samples), TOKENS_PER_PATCH
+        self._device.copy_in(tokens, counted, self._copying)
+        if isinstance(batch.waveform, DeviceArray):
+            waveform = batch.waveform.address
+        else:
+            staged = slot.host("waveform", np.float32, (rows, samples), self._device)
+            staged[:count, : batch.samples] = batch.waveform
+            staged[:count, batch.samples :] = staged[count:] = 0
+            self._device.copy_in(waveform, staged, self._copying)
+        self._device.record(slot.copied, self._copying)
+
+        if batch.stream is not None:
+            self._device.record(slot.consumed, batch.stream)
+            self._device.wait(self._encoding, slot.consumed)
+        self._device.wait(self._encoding, slot.copied)
+        shapes = self._shapes(rows, samples)
+        fbank = ("fbank", blocks["fbank"])
+        counts, encoded = ("num_tokens", tokens), ("features", features)
+        self._frontend.run(Run(profile.index, shapes["frontend"], (("waveform", waveform), fbank), memory))
+        if batch.stream is not None:
+            self._device.record(slot.consumed, self._encoding)
+            self._device.wait(batch.stream, slot.consumed)
+        self._encoder.run(Run(profile.index, shapes["encoder"], (fbank, counts, encoded), memory))
+        self._device.record(slot.encoded, self._encoding)
+
+        self._device.wait(self._scoring, slot.encoded)
+        memory = (blocks["head's layers"], blocks.size("head's layers"))
+        self._head.run(Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory))
+        found = slot.host("scores", np.float32, (rows, len(AXES)), self._device)
+        self._device.copy_out(found, blocks["scores"], self._scoring)
+        self._device.record(slot.done, self._scoring)
+
+        slot.part = _Part(slot, count, batch.waveform if lent else None)
+        self._turn = (self._turn + 1) % len(self._slots)
+        return slot.part
+
+    def _reserve(self, profile: Profile, rows: int, samples: int) -> None:
+        """See to it that all blocks hold a batch; growing waits for all work, and is rare."""
+        key = (profile.index, rows, samples)
+        if key not in self._sizes:
+            self._sizes[key] = self._sizes_of(profile, rows, samples)
+        if not self._blocks.hold(self._sizes[key]):
+            self._drain()
+            self._blocks.grow(self._sizes[key])
+
+    def _sizes_of(self, profile: Profile, rows: int, samples: int) -> dict[str, int]:
+        shapes = self._shapes(rows, samples)
+        frontend, encoder, head = (stage.activation_bytes(profile.index, shapes[stage.name]) for stage in self._stages)
+        of_slot = {
+            "waveform": rows * samples * _FLOAT32,
+            "num_tokens": rows * _INT64,
+            "features": rows * num_tokens(samples) * self._width * _FLOAT32,
+        }
+        return {
+            "scores": rows * len(AXES) * _FLOAT32,
+            "fbank": rows * num_frames(samples) * MEL_BINS * _FLOAT32,
+            "layers": max(frontend, encoder),  # one after the other on one stream
+            "head's layers": head,
+            **{f"{name} {slot.number}": size for name, size in of_slot.items() for slot in self._slots},
+        }
+
+    def _shapes(self, rows: int, samples: int) -> dict[str, Shapes]:
+        """Shapes of each graph's inputs."""
+        counts = ("num_tokens", (rows,))
+        return {
+            "frontend": (("waveform", (rows, samples)),),
+            "encoder": (("fbank", (rows, num_frames(samples), MEL_BINS)), counts),
+            "head": (("features", (rows, num_tokens(samples), self._width)), counts),
+        }
+
+    def _halve(self, profile: Profile, batch: int, error: DeviceMemoryError) -> None:
+        """Give all memory back, and take half as many clips from now on."""
+        self._drain()
+        self._blocks.clear()
+        if batch == 1:
+            raise DeviceMemoryError(
+                f"one clip of up to {profile.max_samples / SAMPLE_RATE:g} s does not fit into the GPU's memory, of "
+                f"which {self._device.free_bytes() / 2**20:.0f} MiB are free: {error}; free some, or score shorter ones"
+            ) from None
+        self._most[profile.index] = batch // 2
+        _log.warning("the GPU's memory is full with %d clips a batch; taking %d from now on", batch, batch // 2)
+
+    def _drain(self) -> None:
+        """Wait for all work, take the scores, and forget what was bound to addresses."""
+        self._device.synchronize_all()
+        for slot in self._slots:
+            self._finish(slot)
+        for stage in self._stages:
+            stage.forget_graphs()
+
+    def _wait(self, part: "_Part") -> np.ndarray:
+        if part.scores is None:
+            self._device.use()
+            self._device.synchronize(part.slot.done)  # without the lock, so that others can submit meanwhile
+            with self._lock:
+                if part.slot.part is part:
+                    self._finish(part.slot)
+        assert part.scores is not None
+        return part.scores
+
+    def _finish(self, slot: "_Slot") -> None:
+        """Wait for a slot's batch, if it has one, and take its scores out."""
+        if (part := slot.part) is not None:
+            self._device.synchronize(slot.done)
+            part.scores = slot.host("scores", np.float32, (part.count, len(AXES)), self._device).copy()
+            part.owner = slot.part = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Clips on the host or the GPU, and the stream that fills them there."""
+
+    waveform: np.ndarray | DeviceArray
+    num_samples: np.ndarray
+    stream: int | None
+
+    @property
+    def samples(self) -> int:
+        return self.waveform.shape[1]
+
+    def first(self, most: int) -> "_Batch":
+        return _Batch(self.waveform[:most], self.num_samples[:most], self.stream)
+
+    def after(self, most: int) -> "_Batch":
+        return _Batch(self.waveform[most:], self.num_samples[most:], self.stream)
+
+
+@dataclass
+class _Slot:
+    """What one batch under way holds for itself: events, and page-locked memory for what is copied."""
+
+    number: int
+    copied: Any
+    consumed: Any
+    encoded: Any
+    done: Any
+    part: "_Part | None" = None
+    _pinned: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def host(self, name: str, dtype: type, shape: tuple[int, ...], device: CudaDevice) -> np.ndarray:
+        """Page-locked memory by name, of at least this size; what it held is kept while it does not grow."""
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._pinned or len(self._pinned[name]) < num_bytes:
+            self._pinned[name] = device.pin(num_bytes)
+        return self._pinned[name][:num_bytes].view(dtype).reshape(shape)
+
+
+@dataclass(eq=False)
+class _Part:
+    """A batch that was given to the streams; its scores are in its slot until another batch takes that."""
+
+    slot: _Slot
+    count: int
+    owner: Any
+    scores: np.ndarray | None = None
+
+
+def _close(device: CudaDevice, stages: tuple[Stage, ...], blocks: Blocks) -> None:
+    device.synchronize_all()
+    for stage in stages:
+        stage.forget_graphs()
+    blocks.clear()
+
+
+def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> TensorRTBackend:
+    """The last compiled of a bundle's engines that can run here; raises BackendError with why each cannot."""
+    cuda = load_cuda()
+    gpu = cuda_gpu(cuda)
+    refused = []
+    for key in reversed(files.manifest.engines):
+        try:
+            engine = read_engine(files.folder, files.manifest, key)
+            trt = load_library(engine.flavour)
+            if wrong := misfits(engine, trt, gpu):
+                raise BackendError("; ".join(wrong))
+            folder = files.folder / ENGINES_FOLDER / key
+            plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
+            backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
+            choose_profile(backend.profiles, files.manifest.window.window_samples)
+            return backend
+        except (BackendError, BundleError) as error:
+            refused.append(f"engine {key[:8]}: {error}")
+    raise BackendError(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
+
+
+def support() -> Support:
+    """Whether TensorRT or TensorRT-RTX can run here; which of the two, a bundle's engines say."""
+    found = {}
+    for module in MODULES.values():
+        try:
+            found[module] = version(module)
+        except PackageNotFoundError:
+            continue
+    if not found:
+        return Support(None, (), "not installed: pip install 'aesanet[gpu]', or 'aesanet[rtx]' for RTX GPUs")
+    versions = " and ".join(f"{module} {number}" for module, number in found.items())
+    try:
+        gpu = cuda_gpu(load_cuda())
+    except BackendError as error:
+        return Support(None, (), f"{versions}; cannot run: {error}")
+    return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
+
+
+def _profiles(frontend: Any) -> tuple[Profile, ...]:
+    """The profiles of an engine, by length."""
+    profiles = []
+    for index in range(frontend.num_optimization_profiles):
+        shortest, _, largest = frontend.get_tensor_profile_shape("waveform", index)
+        profiles.append(Profile(index, shortest[1], largest[1], largest[0]))
+    return tuple(profiles)

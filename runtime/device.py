@@ -1,0 +1,170 @@
+"""CUDA, as much of it as scoring needs: memory, copies, streams, events and captured graphs.
+
+Addresses, streams and events are what cuda-python gives; `int()` of a stream is what TensorRT takes.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from aesanet.errors import BackendError
+from aesanet.machine import cuda_call
+
+
+class CudaDevice:
+    """The device that was CUDA's current one when this was made.
+
+    Every method raises BackendError with CUDA's reason: DeviceMemoryError for a full memory.
+
+    cuda : `cuda.bindings.runtime`, or what stands for it in tests
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self._ordinal = self._call("cudaGetDevice")
+
+    def use(self) -> None:
+        """Let this thread's calls be on this device: each thread has a current one of its own."""
+        self._call("cudaSetDevice", self._ordinal)
+
+    def allocate(self, num_bytes: int) -> int:
+        """The address of device memory, aligned to 256 bytes."""
+        return int(self._call("cudaMalloc", num_bytes))
+
+    def free(self, address: int) -> None:
+        """Give memory back; waits for all work on the device."""
+        self._call("cudaFree", address)
+
+    def pin(self, num_bytes: int) -> np.ndarray:
+        """uint8 [num_bytes] of page-locked host memory, which copies to and from the device need not wait for.
+
+        It lives as long as the array that is returned, or a view of it.
+        """
+        address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault))
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False  # the system takes it back then
+        return np.ctypeslib.as_array(memory)
+
+    def stream(self) -> Any:
+        """A stream that does not wait for the default one."""
+        return self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+
+    def event(self) -> Any:
+        """An event that orders work and takes no time."""
+        return self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+
+    def copy_in(self, address: int, array: np.ndarray, stream: Any) -> None:
+        """Copy a contiguous, pinned array to the device, in the stream's order."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+
+    def copy_out(self, array: np.ndarray, address: int, stream: Any) -> None:
+        """Copy from the device to a contiguous, pinned array, in the stream's order."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def record(self, event: Any, stream: Any) -> None:
+        """Let an event stand for all that was given to a stream so far."""
+        self._call("cudaEventRecord", event, stream)
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Let what is given to a stream from now on begin after an event's work."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def synchronize(self, event: Any) -> None:
+        """Wait here for an event's work."""
+        self._call("cudaEventSynchronize", event)
+
+    def synchronize_all(self) -> None:
+        """Wait here for all work on the device."""
+        self._call("cudaDeviceSynchronize")
+
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody holds."""
+        return int(self._call("cudaMemGetInfo")[0])
+
+    @contextmanager
+    def capture(self, stream: Any) -> Iterator[list[Any]]:
+        """Collect what is given to a stream instead of running it; the list then holds one launchable graph.
+
+        Raises BackendError for work that cannot be captured, and the stream is as before.
+        """
+        captured: list[Any] = []
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            yield captured
+        except BackendError:
+            _, graph = self._cuda.cudaStreamEndCapture(stream)
+            if graph is not None and int(graph):
+                self._call("cudaGraphDestroy", graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)
+        try:
+            captured.append(self._call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Run a captured graph in a stream's order."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy(self, graph: Any) -> None:
+        """Forget a captured graph."""
+        self._call("cudaGraphExecDestroy", graph)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return cuda_call(self._cuda, name, *arguments)
+
+
+class Blocks:
+    """Blocks of device memory by name. Each grows when more is asked of it, and only `clear` makes them smaller."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._blocks: dict[str, tuple[int, int]] = {}
+
+    def __getitem__(self, name: str) -> int:
+        """The address of a block."""
+        return self._blocks[name][0]
+
+    def size(self, name: str) -> int:
+        """Bytes of a block, 0 where there is none yet."""
+        return self._blocks.get(name, (0, 0))[1]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(size for _, size in self._blocks.values())
+
+    def hold(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every block is there and large enough."""
+        return all(name in self._blocks and size <= self.size(name) for name, size in sizes.items())
+
+    def grow(self, sizes: Mapping[str, int]) -> None:
+        """Make every block at least so large; those that grow lose what they held, and no work may use them.
+
+        Raises DeviceMemoryError, and all blocks are then gone.
+        """
+        small = [name for name, size in sizes.items() if name not in self._blocks or size > self.size(name)]
+        for name in small:
+            self._free(name)
+        try:
+            for name in small:
+                self._blocks[name] = (self._device.allocate(max(1, sizes[name])), sizes[name])
+        except BackendError:
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        for name in list(self._blocks):
+            self._free(name)
+
+    def _free(self, name: str) -> None:
+        if name in self._blocks:
+            self._device.free(self._blocks.pop(name)[0])

@@ -1,0 +1,52 @@
+"""Which shape a batch is run in: one of a coarse grid, so that shapes come again and their CUDA graphs can be used.
+
+Padding changes no score: a clip's tokens are counted, and what lies behind them is masked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aesanet.errors import BackendError
+from aesanet.lengths import HOP_SAMPLES, MIN_SAMPLES, PATCH_SIZE, SAMPLE_RATE
+
+_PATCH_SAMPLES: Final = PATCH_SIZE * HOP_SAMPLES
+_EXACT_BATCH: Final = 16
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The batches that one profile of an engine takes: 1 to `max_batch` clips of so many samples each."""
+
+    index: int
+    min_samples: int
+    max_samples: int
+    max_batch: int
+
+    def padded(self, batch: int, samples: int) -> tuple[int, int]:
+        """The shape of the grid, within the profile, that holds a batch."""
+        return min(grid_batch(batch), self.max_batch), min(grid_samples(samples), self.max_samples)
+
+
+def choose_profile(profiles: Sequence[Profile], samples: int) -> Profile:
+    """The profile for clips padded to `samples`: the first that takes them; raises BackendError where none does."""
+    for profile in profiles:
+        if profile.min_samples <= samples <= profile.max_samples:
+            return profile
+    spans = " and ".join(f"{p.min_samples / SAMPLE_RATE:g} to {p.max_samples / SAMPLE_RATE:g} s" for p in profiles)
+    raise BackendError(
+        f"clips of {samples / SAMPLE_RATE:g} s, but this engine takes {spans}; compile with --profiles for longer ones"
+    )
+
+
+def grid_batch(batch: int) -> int:
+    """Up to 16 clips as they are, then steps of an eighth to a sixteenth of the batch."""
+    if batch <= _EXACT_BATCH:
+        return batch
+    step = 1 << ((batch - 1).bit_length() - 4)
+    return -(-batch // step) * step
+
+
+def grid_samples(samples: int) -> int:
+    """Up to the end of a patch of 16 frames (.16 s): frames that fill no patch have no token, and only cost."""
+    return MIN_SAMPLES + max(0, -(-(samples - MIN_SAMPLES) // _PATCH_SAMPLES)) * _PATCH_SAMPLES

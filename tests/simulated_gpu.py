@@ -1,0 +1,352 @@
+"""CUDA and TensorRT for a machine without a GPU: what stands in for them computes late, and in any order they allow.
+
+Work that is given to a stream waits there. When something is waited for, and now and then in between, streams take
+turns at random, each in its own order and held back by the events that it waits for. Code that forgot to order its work
+gives wrong scores, sooner or later; much else that CUDA leaves undefined (memory read before it was written or after it
+was freed, two layers' working memory in one place, a context destroyed at work) fails at once.
+
+The names are those of `cuda.bindings.runtime`, whose own enumerations are used, and of `tensorrt`.
+"""
+
+import ctypes
+import enum
+import json
+import threading
+import weakref
+from collections import deque
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+from cuda.bindings import runtime as real
+
+from aesanet.bundle import signature
+
+OK = (real.cudaError_t.cudaSuccess,)
+OUT_OF_MEMORY = real.cudaError_t.cudaErrorMemoryAllocation
+NOT_PERMITTED = real.cudaError_t.cudaErrorStreamCaptureUnsupported
+
+
+class Stream:
+    def __init__(self, number):
+        self.number, self.queue, self.captured = number, deque(), None
+
+    def __int__(self):
+        return self.number
+
+
+class Event:
+    def __init__(self):
+        self.recorded = self.completed = 0
+
+
+class Graph:
+    def __init__(self, work):
+        self.work = tuple(work)
+
+    def __int__(self):
+        return id(self)
+
+
+def _do(work):
+    work()
+    return True
+
+
+class SimulatedCuda:
+    """A GPU of `capacity` bytes, whose streams take turns as `rng` says."""
+
+    cudaError_t = real.cudaError_t  # noqa: N815  (CUDA's own names)
+    cudaMemcpyKind = real.cudaMemcpyKind  # noqa: N815
+    cudaStreamCaptureMode = real.cudaStreamCaptureMode  # noqa: N815
+    cudaHostAllocDefault = real.cudaHostAllocDefault  # noqa: N815
+    cudaStreamNonBlocking = real.cudaStreamNonBlocking  # noqa: N815
+    cudaEventDisableTiming = real.cudaEventDisableTiming  # noqa: N815
+    cudaGetErrorString = staticmethod(real.cudaGetErrorString)  # noqa: N815
+
+    def __init__(self, rng, capacity=1 << 30):
+        self.rng, self.capacity = rng, capacity
+        self.device, self.host = {}, {}
+        self.streams = [Stream(0)]
+        self.haste, self.order = rng.choice([0.1, 1, 10]), []
+        self.turn = threading.RLock()  # several threads may call
+
+    # Memory
+
+    def cudaMalloc(self, size):  # noqa: N802
+        if any(stream.captured is not None for stream in self.streams):
+            return NOT_PERMITTED, None
+        if sum(map(len, self.device.values())) + size > self.capacity:
+            return OUT_OF_MEMORY, None
+        return *OK, self._allocate(self.device, size)
+
+    def cudaFree(self, address):  # noqa: N802
+        assert not any(stream.queue for stream in self.streams), "freed while there is work to do"
+        del self.device[address]
+        return OK
+
+    def cudaHostAlloc(self, size, flags):  # noqa: N802
+        return *OK, self._allocate(self.host, size)
+
+    def cudaFreeHost(self, address):  # noqa: N802
+        del self.host[address]
+        return OK
+
+    def cudaMemGetInfo(self):  # noqa: N802
+        return *OK, self.capacity - sum(map(len, self.device.values())), self.capacity
+
+    @staticmethod
+    def _allocate(memory, size):
+        block = (ctypes.c_uint8 * size)()
+        ctypes.memset(block, 0xFF, size)  # NaN as floats, -1 as integers
+        memory[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def bytes_at(self, address, size, memory):
+        """uint8 [size] of live memory."""
+        inside = any(start <= address and address + size <= start + len(block) for start, block in memory.items())
+        assert inside, "memory that was never allocated, or was freed"
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+    def cudaMemcpyAsync(self, to, source, size, kind, stream):  # noqa: N802
+        to_host = kind == real.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        sides = (self.host, self.device) if to_host else (self.device, self.host)
+
+        def copy():
+            self.bytes_at(to, size, sides[0])[:] = self.bytes_at(source, size, sides[1])
+
+        return self.give(stream, copy)
+
+    # Order
+
+    def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
+        assert flags == real.cudaStreamNonBlocking
+        self.streams.append(Stream(len(self.streams) * 16))
+        return *OK, self.streams[-1]
+
+    def cudaEventCreateWithFlags(self, flags):  # noqa: N802
+        return *OK, Event()
+
+    def cudaEventRecord(self, event, stream):  # noqa: N802
+        event.recorded += 1
+        ticket = event.recorded
+
+        def complete():
+            event.completed = max(event.completed, ticket)
+
+        return self.give(stream, complete)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):  # noqa: N802
+        ticket = event.recorded
+        self._of(stream).queue.append(lambda: event.completed >= ticket)  # stays in front until it is so
+        return OK
+
+    def cudaEventSynchronize(self, event):  # noqa: N802
+        ticket = event.recorded
+        while event.completed < ticket:
+            with self.turn:
+                assert event.completed >= ticket or self._step(), "nobody will ever complete this event"
+        return OK
+
+    def cudaDeviceSynchronize(self):  # noqa: N802
+        with self.turn:
+            while any(stream.queue for stream in self.streams):
+                assert self._step(), "streams wait for each other"
+        return OK
+
+    def _of(self, stream):
+        (found,) = (s for s in self.streams if int(s) == int(stream))
+        return found
+
+    def is_capturing(self, stream):
+        return self._of(stream).captured is not None
+
+    def give(self, stream, *work):
+        """Hand work to a stream, or to the graph that it is captured for; then perhaps other work gets its turn."""
+        with self.turn:
+            found = self._of(stream)
+            if found.captured is not None:
+                found.captured.extend(work)
+            else:
+                found.queue.extend(partial(_do, piece) for piece in work)
+                for _ in range(self.rng.poisson(self.haste)):
+                    self._step()
+        return OK
+
+    def _step(self):
+        """Do one piece of work of a stream that can go on; false if none can.
+
+        For some time streams go before each other in the same order, so that some starve.
+        """
+        with self.turn:
+            if len(self.order) != len(self.streams) or self.rng.random() < 0.1:
+                self.order = self.rng.permutation(self.streams)
+            for stream in self.order:
+                queue = stream.queue
+                if queue and queue[0]():
+                    queue.popleft()
+                    return True
+            return False
+
+    # Graphs
+
+    def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
+        self._of(stream).captured = []
+        return OK
+
+    def cudaStreamEndCapture(self, stream):  # noqa: N802
+        graph, self._of(stream).captured = self._of(stream).captured, None
+        return *OK, Graph(graph)
+
+    def cudaGraphInstantiate(self, graph, flags):  # noqa: N802
+        return *OK, graph
+
+    def cudaGraphDestroy(self, graph):  # noqa: N802
+        return OK
+
+    def cudaGraphExecDestroy(self, graph):  # noqa: N802
+        return OK
+
+    def cudaGraphLaunch(self, graph, stream):  # noqa: N802
+        return self.give(stream, *graph.work)
+
+    # What is here
+
+    def cudaGetDevice(self):  # noqa: N802
+        return *OK, 0
+
+    def cudaSetDevice(self, device):  # noqa: N802
+        assert device == 0
+        return OK
+
+    def cudaDriverGetVersion(self):  # noqa: N802
+        return *OK, 13010
+
+    def cudaGetDeviceProperties(self, device):  # noqa: N802
+        properties = SimpleNamespace(name=b"Simulated", major=8, minor=9, totalGlobalMem=self.capacity)
+        return *OK, properties
+
+
+def simulated_plan(onnx, name, profiles):
+    """What `SimulatedTensorRT` takes for a plan: a graph's ONNX file and its profiles (of aesanet.export.profiles)."""
+    inputs, outputs = signature(name, 32)
+    shapes = {spec.name: [profile.shapes(spec) for profile in profiles] for spec in inputs}
+    return json.dumps({"onnx": str(onnx), "shapes": shapes, "output": outputs[0].name}).encode()
+
+
+class SimulatedTensorRT:
+    """TensorRT's runtime; what a plan computes, ONNX Runtime does, when its turn comes."""
+
+    __name__ = "tensorrt"
+    __version__ = "0.simulated"
+
+    class ILogger:
+        class Severity(enum.IntEnum):
+            INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class ExecutionContextAllocationStrategy(enum.Enum):
+        STATIC, USER_MANAGED = range(2)
+
+    def __init__(self, cuda, capturable=True):
+        self.cuda, self.capturable = cuda, capturable
+
+    def Runtime(self, logger):  # noqa: N802
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self._load(logger, plan))
+
+    def _load(self, logger, plan):
+        try:
+            return SimulatedEngine(self, logger, json.loads(plan))
+        except ValueError:
+            logger.log(self.ILogger.Severity.ERROR, "magic tag does not match")
+            return None
+
+
+class SimulatedEngine:
+    def __init__(self, trt, logger, plan):
+        self.trt, self.logger, self.shapes, self.output = trt, logger, plan["shapes"], plan["output"]
+        self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
+        self.num_optimization_profiles = len(next(iter(self.shapes.values())))
+
+    def get_tensor_profile_shape(self, name, profile):
+        return self.shapes[name][profile]
+
+    def get_tensor_shape(self, name):
+        (found,) = (o for o in self.session.get_outputs() if o.name == name)
+        return tuple(-1 if isinstance(size, str) else size for size in found.shape)
+
+    def create_execution_context(self, strategy):
+        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return SimulatedContext(self)
+
+
+class SimulatedContext:
+    def __init__(self, engine):
+        self.engine, self.cuda = engine, engine.trt.cuda
+        self.profile, self.given, self.addresses, self.memory, self.ran = None, {}, {}, (0, 0), None
+
+    def _refuse(self, reason):
+        self.engine.logger.log(self.engine.trt.ILogger.Severity.ERROR, reason)
+        return False
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name, shape):
+        least, _, most = self.engine.shapes[name][self.profile]
+        if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+            return self._refuse(f"{name} {shape} is not within {least} and {most}")
+        self.given[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def set_device_memory(self, address, size):
+        self.memory = (address, size)
+
+    def update_device_memory_size_for_shapes(self):
+        assert self.given.keys() == self.engine.shapes.keys()
+        return 64 * int(np.prod(next(iter(self.given.values()))))
+
+    def execute_async_v3(self, stream):
+        if self.memory[1] < self.update_device_memory_size_for_shapes():
+            return self._refuse("the memory is too small for these shapes")
+        if self.cuda.is_capturing(stream) and (self.ran != self.given or not self.engine.trt.capturable):
+            return self._refuse("operation not permitted when stream is capturing")
+        self.ran = dict(self.given)
+        addresses, shapes, (memory, size), alive = (
+            dict(self.addresses),
+            dict(self.given),
+            self.memory,
+            weakref.ref(self),
+        )
+        assert addresses.keys() == {*shapes, self.engine.output}
+        mark = np.frombuffer(np.random.default_rng(id(self)).bytes(8), np.uint8)
+
+        def begin():
+            assert alive() is not None, "a context was destroyed before its work was done"
+            self_memory()[:8] = mark
+
+        def self_memory():
+            return self.cuda.bytes_at(memory, size, self.cuda.device)
+
+        def end():
+            assert (self_memory()[:8] == mark).all(), "two runs share their working memory"
+            inputs = {name: self._tensor(addresses[name], name, shape) for name, shape in shapes.items()}
+            (found,) = self.engine.session.run([self.engine.output], inputs)
+            self.cuda.bytes_at(addresses[self.engine.output], found.nbytes, self.cuda.device).view(np.float32)[:] = (
+                found.ravel()
+            )
+
+        self.cuda.give(stream, begin, end)
+        return True
+
+    def _tensor(self, address, name, shape):
+        dtype = np.int64 if name == "num_tokens" else np.float32
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        values = self.cuda.bytes_at(address, size, self.cuda.device).view(dtype).reshape(shape)
+        assert np.isfinite(values).all(), f"{name} was read before it was written"
+        return values.copy()

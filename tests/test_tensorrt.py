@@ -1,0 +1,586 @@
+"""The TensorRT runtime: scores in every order of work that CUDA allows, graphs, memory, arrays and streams of others.
+
+Most tests run twice: on what stands for a GPU (see simulated_gpu), and on a real one where there is one (`-m gpu`).
+"""
+
+import gc
+import json
+import shutil
+import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from conftest import RECORDINGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
+
+from aesanet.bundle import GRAPH_NAMES, read_manifest
+from aesanet.engines import ENGINES_FOLDER, Engine, Plan, engine_key, load_library, machine_parts, read_engine
+from aesanet.errors import BackendError, DeviceMemoryError
+from aesanet.export.compile import choose_flavour, compile_bundle
+from aesanet.export.engine import Settings
+from aesanet.export.profiles import make_profiles
+from aesanet.export.writer import write_manifest
+from aesanet.hashing import file_sha256
+from aesanet.lengths import MIN_SAMPLES, num_tokens
+from aesanet.machine import cuda_call, cuda_gpu, load_cuda
+from aesanet.runtime.arrays import device_array, stream_handle
+from aesanet.runtime.backends import tensorrt as room
+from aesanet.runtime.backends.tensorrt import TensorRTBackend, open_tensorrt, support
+from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.scorer import Scorer
+from aesanet.runtime.shapes import choose_profile, grid_batch, grid_samples
+from aesanet.runtime.windows import pad_batch
+
+PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
+LONGEST = 64_000
+WIDTH = 32
+
+
+class Watched:
+    """CUDA's functions, counted, with no more memory than `capacity` bytes at a time."""
+
+    def __init__(self, cuda, capacity=None):
+        self.cuda, self.capacity, self.calls, self.held = cuda, capacity, Counter(), {}
+
+    def __getattr__(self, name):
+        found = getattr(self.cuda, name)
+        if not name.startswith("cuda") or not callable(found) or isinstance(found, type):
+            return found
+
+        def call(*arguments):
+            self.calls[name] += 1
+            return found(*arguments)
+
+        return call
+
+    def cudaMalloc(self, size):  # noqa: N802
+        if self.capacity is not None and sum(self.held.values()) + size > self.capacity:
+            return self.cuda.cudaError_t.cudaErrorMemoryAllocation, None
+        error, address = self.cuda.cudaMalloc(size)
+        self.held[int(address)] = size
+        return error, address
+
+    def cudaFree(self, address):  # noqa: N802
+        del self.held[int(address)]
+        return self.cuda.cudaFree(address)
+
+
+class Lent:
+    """An array that another library holds."""
+
+
+class Simulated:
+    """A machine whose GPU is simulated; FP32 graphs stand in the plans' place, so scores are compared closely."""
+
+    tolerance = 1e-4
+
+    def __init__(self, bundle):
+        self.bundle = bundle
+
+    def open(self, seed=0, capacity=None, trt=SimulatedTensorRT, **options):
+        self.cuda = Watched(SimulatedCuda(np.random.default_rng(seed)), capacity)
+        plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
+        return TensorRTBackend(plans, trt(self.cuda), CudaDevice(self.cuda), **options)
+
+    def stream(self):
+        return SimpleNamespace(handle=int(cuda_call(self.cuda, "cudaStreamCreateWithFlags", 1)))  # as PyCUDA has it
+
+    def lend(self, waveform, stream, dlpack):
+        """An array on the GPU that a stream fills, late."""
+        address = cuda_call(self.cuda, "cudaMalloc", waveform.nbytes)
+        memory = self.cuda.bytes_at(address, waveform.nbytes, self.cuda.device).view(np.float32)
+        memory = memory.reshape(waveform.shape)
+        lent = Lent()
+        lent.memory = memory
+        if dlpack:
+            lent.__dlpack_device__ = lambda: (2, 0)
+            lent.__dlpack__ = lambda stream=None, **options: memory.__dlpack__()
+        else:
+            lent.__cuda_array_interface__ = {
+                "shape": waveform.shape,
+                "typestr": "<f4",
+                "data": (address, False),
+                "strides": None,
+                "version": 3,
+            }
+        self.cuda.give(stream.handle, lambda: np.copyto(memory, waveform))
+        return lent
+
+    def spoil(self, lent, stream):
+        self.cuda.give(stream.handle, lambda: lent.memory.fill(np.nan))
+
+
+class Real:
+    """A machine with a GPU, and engines that were compiled for it."""
+
+    tolerance = 0.02
+
+    def __init__(self, bundle):
+        self.bundle = bundle
+        self.engine, _ = compile_bundle(bundle, choose_flavour("auto"), Settings(PROFILES))
+
+    def open(self, seed=0, capacity=None, **options):
+        self.cuda = Watched(load_cuda(), capacity)
+        folder = self.bundle / ENGINES_FOLDER / self.engine.key
+        plans = {name: (folder / plan.file).read_bytes() for name, plan in self.engine.plans.items()}
+        return TensorRTBackend(plans, load_library(self.engine.flavour), CudaDevice(self.cuda), **options)
+
+    def stream(self):
+        return torch.cuda.Stream()
+
+    def lend(self, waveform, stream, dlpack):
+        lent = torch.empty(waveform.shape, device="cuda")
+        source = torch.from_numpy(waveform).pin_memory()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            lent.copy_(source, non_blocking=True)
+        if dlpack:
+            return SimpleNamespace(
+                tensor=lent, __dlpack__=lent.__dlpack__, __dlpack_device__=lent.__dlpack_device__, source=source
+            )
+        return lent
+
+    def spoil(self, lent, stream):
+        with torch.cuda.stream(stream):
+            getattr(lent, "tensor", lent).fill_(float("nan"))
+
+
+@pytest.fixture(scope="module", params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
+def gpu(request, half_bundle, tmp_path_factory):
+    if request.param == "simulated":
+        return Simulated(half_bundle)
+    if not support().runs:
+        pytest.skip(f"no GPU with TensorRT: {support().detail}")
+    return Real(shutil.copytree(half_bundle, tmp_path_factory.mktemp("real") / "b"))
+
+
+@pytest.fixture(scope="module")
+def simulated(half_bundle):
+    return Simulated(half_bundle)
+
+
+@pytest.fixture(scope="module")
+def reference(half_bundle):
+    """Scores of each clip alone, by ONNX Runtime."""
+    backend = Scorer.open(half_bundle, "cpu", backend="onnxruntime").backend
+
+    def scores(waveform, num_samples):
+        alone = [backend.scores(row[None, :n], np.array([n])) for row, n in zip(waveform, num_samples, strict=True)]
+        return np.concatenate(alone)
+
+    return scores
+
+
+def noise(rng, lengths):
+    return pad_batch([rng.normal(0, rng.uniform(0.02, 0.3), n).astype(np.float32) for n in lengths])
+
+
+batches_of_lengths = st.lists(
+    st.lists(st.sampled_from([2_800, 2_801, 9_000, 16_000, 16_001, 40_000, LONGEST]), min_size=1, max_size=8),
+    min_size=1,
+    max_size=7,
+)
+
+
+@given(batches_of_lengths, st.integers(0, 2**32))
+@settings(max_examples=25)
+def test_scores_are_those_of_each_clip_alone_in_any_order_of_work(gpu, reference, batches, seed):
+    """Batches overlap, and are split, padded and waited for in any order; a few shapes come again."""
+    rng = np.random.default_rng(seed)
+    backend = gpu.open(seed)
+    given_batches = [noise(rng, lengths) for lengths in batches]
+    waiting = [backend.submit(*batch) for batch in given_batches]
+    for index in rng.permutation(len(waiting)):
+        found = waiting[index]()
+        np.testing.assert_allclose(found, reference(*given_batches[index]), atol=gpu.tolerance)
+        assert found.dtype == np.float32
+        assert np.array_equal(waiting[index](), found)
+
+
+@pytest.mark.parametrize("count", [16, 17, 19, 20, 21, 45])
+def test_large_batches_are_padded_to_the_grid_and_split(gpu, reference, count):
+    batch = noise(np.random.default_rng(count), [2_800 + 97 * n for n in range(count)])
+    np.testing.assert_allclose(gpu.open(count).scores(*batch), reference(*batch), atol=gpu.tolerance)
+
+
+def test_threads_share_an_engine(gpu, reference):
+    backend = gpu.open()
+    rng = np.random.default_rng(0)
+    batches = [noise(rng, [3_000 + 500 * n, 12_000]) for n in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda batch: backend.scores(*batch), batches))
+    for scores, batch in zip(found, batches, strict=True):
+        np.testing.assert_allclose(scores, reference(*batch), atol=gpu.tolerance)
+
+
+def test_the_callers_array_is_free_once_it_was_submitted(gpu, reference):
+    backend = gpu.open()
+    waveform, num_samples = noise(np.random.default_rng(1), [16_000, 9_000])
+    expected = reference(waveform, num_samples)
+    pending = backend.submit(waveform, num_samples)
+    waveform.fill(np.nan)
+    np.testing.assert_allclose(pending(), expected, atol=gpu.tolerance)
+
+
+def test_a_shape_that_comes_again_is_captured_then_launched(simulated, reference):
+    """Three slots have addresses of their own: three runs of each graph as they are, three captured, then launched."""
+    backend = simulated.open()
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        batch = noise(rng, [10_000, 9_000 + number])
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+        launched = max(0, number - 5) * 3
+        captured = min(3, max(0, number - 2)) * 3
+        assert simulated.cuda.calls["cudaGraphLaunch"] == launched
+        assert simulated.cuda.calls["cudaGraphInstantiate"] == captured
+
+
+@pytest.mark.parametrize("graphs_kept", [0, 2, 32])
+def test_graphs_change_no_score(gpu, reference, graphs_kept):
+    rng = np.random.default_rng(graphs_kept)
+    backend = gpu.open(graphs_kept=graphs_kept)
+    for number in range(24):
+        batch = noise(rng, [(9_000, 20_000)[number % 2]] * 2)
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=gpu.tolerance)
+    kept = gpu.cuda.calls["cudaGraphInstantiate"] - gpu.cuda.calls["cudaGraphExecDestroy"]
+    assert kept <= 3 * graphs_kept
+
+
+def test_the_graphs_used_last_are_kept(simulated):
+    backend = simulated.open(graphs_kept=6)
+    shapes = [noise(np.random.default_rng(0), [n]) for n in (9_000, 20_000, 30_000)]
+    for shape in (shapes[1], shapes[2], shapes[0]):  # the largest first, as growing memory drops all graphs
+        for _ in range(6):
+            backend.scores(*shape)
+    simulated.cuda.calls.clear()
+    for shape in (shapes[2], shapes[0]):
+        for _ in range(3):
+            backend.scores(*shape)
+    assert simulated.cuda.calls["cudaGraphLaunch"] == 6 * 3
+    assert simulated.cuda.calls["cudaGraphInstantiate"] == 0
+
+
+def test_growing_memory_drops_the_graphs_of_before(simulated):
+    backend = simulated.open()
+    for _ in range(6):
+        backend.scores(*noise(np.random.default_rng(0), [9_000]))
+    assert simulated.cuda.calls["cudaGraphExecDestroy"] == 0
+    backend.scores(*noise(np.random.default_rng(0), [20_000]))
+    assert simulated.cuda.calls["cudaGraphExecDestroy"] == simulated.cuda.calls["cudaGraphInstantiate"] == 9
+
+
+def test_what_cannot_be_captured_runs_as_it_is(simulated, reference):
+    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
+    batch = noise(np.random.default_rng(0), [9_000])
+    for _ in range(9):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+    assert simulated.cuda.calls["cudaGraphLaunch"] == 0
+    assert simulated.cuda.calls["cudaStreamBeginCapture"] == 3  # once a graph
+
+
+def test_a_full_memory_halves_the_batch_and_is_told_once(gpu, reference, caplog):
+    rng = np.random.default_rng(0)
+    batch = noise(rng, [LONGEST] * 3)
+    backend = gpu.open()
+    backend.scores(*batch)
+    needed = sum(gpu.cuda.held.values())
+    backend = gpu.open(capacity=needed - 1)
+    for _ in range(3):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=gpu.tolerance)
+    assert [r.getMessage() for r in caplog.records if r.name == "aesanet"] == [
+        "the GPU's memory is full with 3 clips a batch; taking 1 from now on"
+    ]
+    assert sum(gpu.cuda.held.values()) < needed
+
+
+def test_batches_under_way_survive_a_full_memory(gpu, reference):
+    rng = np.random.default_rng(0)
+    small, large = noise(rng, [9_000, 12_000]), noise(rng, [LONGEST] * 3)
+    backend = gpu.open()
+    backend.scores(*large)
+    backend = gpu.open(capacity=sum(gpu.cuda.held.values()) - 1)
+    waiting = [(backend.submit(*batch), batch) for batch in (small, large, small, large)]
+    for pending, batch in waiting:
+        np.testing.assert_allclose(pending(), reference(*batch), atol=gpu.tolerance)
+
+
+def test_a_clip_that_does_not_fit_at_all_is_one_error_and_the_next_is_scored(gpu, reference):
+    short, long = noise(np.random.default_rng(0), [3_000]), noise(np.random.default_rng(0), [LONGEST])
+    backend = gpu.open()
+    backend.scores(*short)
+    backend = gpu.open(capacity=sum(gpu.cuda.held.values()))
+    with pytest.raises(
+        DeviceMemoryError, match=r"one clip of up to 4 s does not fit into the GPU's memory, of which \d+"
+    ):
+        backend.scores(*long)
+    np.testing.assert_allclose(backend.scores(*short), reference(*short), atol=gpu.tolerance)
+
+
+@pytest.mark.parametrize(
+    ("reason", "error"), [("IExecutionContext: CUDA out of memory", DeviceMemoryError), ("misaligned", BackendError)]
+)
+def test_tensorrts_own_reason_is_told_and_the_next_batch_is_scored(simulated, reference, monkeypatch, reason, error):
+    backend = simulated.open()
+    first, second = noise(np.random.default_rng(0), [9_000]), noise(np.random.default_rng(1), [9_000])
+    waiting = backend.submit(*first)
+    context = backend._head._context(0)
+    monkeypatch.setattr(context, "execute_async_v3", lambda stream: context._refuse(reason))
+    with pytest.raises(error, match=reason):
+        backend.scores(*second)
+    monkeypatch.undo()
+    np.testing.assert_allclose(waiting(), reference(*first), atol=1e-4)
+    np.testing.assert_allclose(backend.scores(*second), reference(*second), atol=1e-4)
+
+
+def test_memory_is_given_back_with_the_engine(gpu):
+    backend = gpu.open()
+    for _ in range(7):
+        backend.submit(*noise(np.random.default_rng(0), [9_000]))
+    assert gpu.cuda.held
+    del backend
+    gc.collect()
+    assert not gpu.cuda.held
+    assert gpu.cuda.calls["cudaGraphInstantiate"] == gpu.cuda.calls["cudaGraphExecDestroy"]
+    assert gpu.cuda.calls["cudaHostAlloc"] == gpu.cuda.calls["cudaFreeHost"]
+
+
+@pytest.mark.parametrize("dlpack", [False, True])
+def test_an_array_on_the_gpu_is_read_where_it_is_in_its_streams_order(gpu, reference, dlpack):
+    """It is filled late, and overwritten as soon as its stream is allowed to."""
+    for number in range(12):
+        backend = gpu.open(number)
+        waveform, num_samples = noise(np.random.default_rng(number), [9_000, 16_000, 12_345])
+        stream = gpu.stream()
+        lent = gpu.lend(waveform, stream, dlpack)
+        gpu.cuda.calls.clear()
+        pending = backend.submit(lent, num_samples, stream)
+        gpu.spoil(lent, stream)
+        np.testing.assert_allclose(pending(), reference(waveform, num_samples), atol=gpu.tolerance)
+        assert gpu.cuda.calls["cudaMemcpyAsync"] == 2  # token counts in, scores out
+
+
+def test_an_array_on_the_gpu_lives_until_it_was_read(simulated):
+    backend = simulated.open()
+    stream = simulated.stream()
+    lent = simulated.lend(*noise(np.random.default_rng(0), [9_000])[:1], stream, dlpack=False)
+    alive = weakref.ref(lent)
+    pending = backend.submit(lent, np.array([9_000]), stream)
+    del lent
+    assert alive() is not None
+    pending()
+    assert alive() is None
+
+
+def test_a_large_array_on_the_gpu_is_taken_in_pieces(gpu, reference):
+    backend = gpu.open()
+    waveform, num_samples = noise(np.random.default_rng(0), [16_000 - 100 * n for n in range(45)])
+    stream = gpu.stream()
+    scores = backend.submit(gpu.lend(waveform, stream, dlpack=False), num_samples, stream)()
+    np.testing.assert_allclose(scores, reference(waveform, num_samples), atol=gpu.tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"typestr": "<f2"}, TypeError, "an array of float16 on the GPU; give float32"),
+        ({"strides": (4, 12)}, ValueError, r"shape \(3, 5\) with strides \(1, 3\); make it contiguous"),
+    ],
+)
+def test_arrays_on_the_gpu_that_cannot_be_read_as_they_are(change, error, told):
+    interface = {"shape": (3, 5), "typestr": "<f4", "data": (256, False), "strides": None, "version": 3}
+    with pytest.raises(error, match=told):
+        device_array(SimpleNamespace(__cuda_array_interface__=interface | change), 16)
+
+
+def test_one_row_of_any_stride_is_contiguous():
+    interface = {
+        "shape": (1, 5),
+        "typestr": "<f4",
+        "data": (256, False),
+        "strides": (999, 4),
+        "version": 3,
+        "stream": 7,
+    }
+    found = device_array(SimpleNamespace(__cuda_array_interface__=interface), 16)
+    assert (found.address, found.shape, found.stream) == (256, (1, 5), 7)
+    assert found[0:1].address == 256
+
+
+@pytest.mark.parametrize("name", ["cuda_stream", "ptr", "handle"])
+def test_streams_of_other_libraries(name):
+    assert stream_handle(SimpleNamespace(**{name: 48})) == 48
+    assert stream_handle(48) == 48
+    assert stream_handle(SimpleNamespace(__cuda_stream__=lambda: (0, 48))) == 48
+
+
+@pytest.mark.parametrize(
+    ("waveform", "num_samples", "told"),
+    [
+        ((3_000,), [3_000], r"give \[batch, samples\]"),
+        ((0, 3_000), [], r"give \[batch, samples\]"),
+        ((2, 3_000), [3_000], r"give \[batch, samples\]"),
+        ((1, 3_000), [3_001], "from 2800 to the waveform's"),
+        ((1, 3_000), [2_799], "from 2800 to the waveform's"),
+    ],
+)
+def test_batches_that_make_no_sense(simulated, waveform, num_samples, told):
+    with pytest.raises(ValueError, match=told):
+        simulated.open().submit(np.zeros(waveform, np.float32), np.array(num_samples, np.int64))
+
+
+def test_a_clip_beyond_the_longest_profile_is_refused(gpu):
+    with pytest.raises(BackendError, match=r"clips of 4\.00006 s, but this engine takes 0\.175 to 1 s and 1 to 4 s"):
+        gpu.open().scores(*noise(np.random.default_rng(0), [LONGEST + 1]))
+
+
+def test_recordings_score_as_in_onnx_runtime(gpu):
+    backend, manifest = gpu.open(), read_manifest(gpu.bundle)
+    expected = Scorer.open(gpu.bundle, "cpu", backend="onnxruntime").score(list(RECORDINGS))
+    for found, wanted in zip(Scorer(manifest, backend).score(list(RECORDINGS)), expected, strict=True):
+        assert msgspec.to_builtins(found) == pytest.approx(msgspec.to_builtins(wanted), abs=gpu.tolerance)
+
+
+@given(st.integers(1, 4096), st.integers(MIN_SAMPLES, 30 * 16_000))
+def test_the_grid_holds_every_batch_and_wastes_little(batch, samples):
+    rows, length = grid_batch(batch), grid_samples(samples)
+    assert batch <= rows <= batch * 1.125
+    assert samples <= length < samples + 2_560
+    assert num_tokens(length) <= num_tokens(samples) + 8
+    assert (grid_batch(rows), grid_samples(length)) == (rows, length)  # a shape of the grid stays
+
+
+def test_the_grid_has_few_shapes():
+    assert len({grid_batch(batch) for batch in range(1, 129)}) == 16 + 3 * 8
+
+
+def test_profiles_are_chosen_by_length(simulated):
+    profiles = simulated.open().profiles
+    assert [choose_profile(profiles, n).index for n in (2_800, 16_000, 16_001, LONGEST)] == [0, 0, 1, 1]
+    assert profiles[1].padded(3, 63_999) == (3, LONGEST)
+    assert profiles[0].padded(17, 15_999) == (18, 16_000)
+    assert profiles[0].padded(99, 15_999) == (20, 16_000)
+
+
+# Opening
+
+
+@pytest.fixture
+def compiled(half_bundle, tmp_path, monkeypatch):
+    """A bundle with engines that the simulated machine can run, one for each `GPU` asked for."""
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    cuda = SimulatedCuda(np.random.default_rng(0))
+    trt = SimulatedTensorRT(cuda)
+    monkeypatch.setattr(room, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(room, "load_library", lambda flavour: trt)
+    here = cuda_gpu(cuda)
+
+    def add(flavour="tensorrt", capabilities=(), profiles=PROFILES, **changed):
+        parts = machine_parts(flavour, trt, capabilities, here) | {"profiles": str(profiles)} | changed
+        key = engine_key(parts)
+        folder = bundle / ENGINES_FOLDER / key
+        folder.mkdir(parents=True)
+        plans = {}
+        for name in GRAPH_NAMES:
+            plan = folder / f"{name}.plan"
+            plan.write_bytes(simulated_plan(bundle / f"{name}.onnx", name, profiles))
+            plans[name] = Plan(plan.name, file_sha256(plan), plan.stat().st_size, 1.0, (), {})
+        (folder / "engine.json").write_bytes(msgspec.json.encode(Engine(key, flavour, capabilities, parts, plans)))
+        manifest = read_manifest(bundle)
+        engines = {**manifest.engines, key: file_sha256(folder / "engine.json")}
+        write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines))
+        return key
+
+    return bundle, add
+
+
+def test_score_takes_the_engine_that_fits(compiled):
+    bundle, add = compiled
+    add(profiles=make_profiles([(30.0, 1)]))
+    add()
+    add(GPU="NVIDIA H200, compute capability 9.0, driver for CUDA 13.0, 143771 MiB")
+    scorer = Scorer.open(bundle)
+    assert scorer.backend.name == "tensorrt 0.simulated cuda fp16"
+    assert scorer.reason == "the bundle has an engine for this GPU"
+    assert [profile.max_batch for profile in scorer.backend.profiles] == [20, 3]  # the last that fits
+    assert Scorer.open(bundle, backend="tensorrt").reason == "as asked"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"GPU": "NVIDIA H200"},
+            "it was built for GPU NVIDIA H200, and here is Simulated, compute capability 8.9, driver",
+        ),
+        (
+            {"library": "tensorrt 10.12"},
+            "it was built for library tensorrt 10.12, and here is tensorrt 0.simulated, CUDA",
+        ),
+        ({"platform": "win32 AMD64"}, "it was built for platform win32 AMD64, and here is linux"),
+        (
+            {"flavour": "rtx", "capabilities": ("12.0",)},
+            "it was built for compute capability 12.0, and here is Simulated",
+        ),
+        ({"profiles": make_profiles([(2.0, 4)])}, "clips of 4 s, but this engine takes 0.175 to 2 s"),
+    ],
+)
+def test_an_engine_for_another_machine_is_refused_with_what_mends_it(compiled, changed, told):
+    bundle, add = compiled
+    key = add(**changed)
+    with pytest.raises(BackendError) as refused:
+        Scorer.open(bundle, backend="tensorrt")
+    assert f"engine {key[:8]}: {told}" in str(refused.value)
+    assert f"`aesanet compile {bundle}` makes one for this machine" in str(refused.value)
+    scorer = Scorer.open(bundle)
+    assert "cpu" in scorer.backend.name
+    assert told in scorer.reason
+
+
+def test_a_damaged_plan_is_never_loaded(compiled):
+    bundle, add = compiled
+    key = add()
+    plan = bundle / ENGINES_FOLDER / key / "head.plan"
+    plan.write_bytes(plan.read_bytes() + b" ")
+    with pytest.raises(BackendError, match=rf"engine {key[:8]}: .*head\.plan: sha256 is .* but the bundle says"):
+        Scorer.open(bundle, backend="tensorrt")
+
+
+def test_a_plan_that_tensorrt_does_not_take_says_why(compiled):
+    bundle, add = compiled
+    key = add()
+    folder = bundle / ENGINES_FOLDER / key
+    (folder / "encoder.plan").write_bytes(b"no plan")
+    engine = json.loads((folder / "engine.json").read_text())
+    engine["plans"]["encoder"]["sha256"] = file_sha256(folder / "encoder.plan")
+    (folder / "engine.json").write_text(json.dumps(engine))
+    manifest = read_manifest(bundle)
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines={key: file_sha256(folder / "engine.json")}))
+    assert read_engine(bundle, read_manifest(bundle), key)
+    with pytest.raises(BackendError, match=r"tensorrt 0\.simulated cannot load the encoder: magic tag does not match"):
+        Scorer.open(bundle, backend="tensorrt")
+
+
+def test_a_bundle_without_engines_says_how_to_get_them(compiled):
+    bundle, _ = compiled
+    with pytest.raises(
+        BackendError, match="tensorrt cuda fp16: the bundle has no engine, which `aesanet compile` makes"
+    ):
+        Scorer.open(bundle, backend="tensorrt")
+
+
+@pytest.mark.skipif(bool(support().runs), reason="there is a GPU")
+def test_a_machine_without_a_gpu_says_what_is_missing(compiled, monkeypatch):
+    monkeypatch.undo()
+    bundle, add = compiled
+    add()
+    with pytest.raises(BackendError, match="cuda"):
+        open_tensorrt(SimpleNamespace(folder=bundle, manifest=read_manifest(bundle)), "cuda", "fp16", None)
+    with pytest.raises(BackendError, match=r"tensorrt: .*(not installed|cannot run: )"):
+        Scorer.open(bundle, backend="tensorrt")
