@@ -95,6 +95,41 @@ class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scores_limit: float
 
 
+class AxisParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One axis of an engine against PyTorch, over all windows, on the scale of 0-10.
+
+    Differences are None where a score is no number, `srcc` and `ktau` where there is no correlation. `swapped_pairs`
+    counts pairs of windows that PyTorch tells
+    apart by more than the limit and the engine orders the other way.
+    """
+
+    max_abs: float | None
+    mean_abs: float | None
+    p99_abs: float | None
+    srcc: float | None
+    ktau: float | None
+    swapped_pairs: int
+
+
+class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `aesanet verify` found of one engine: each window alone against PyTorch in FP32, and against itself.
+
+    `reference_rounding` is what FP32 in PyTorch's own front end moves scores by, and widens the limit of a window (see
+    docs/verify.md); `batch_max_abs` is a window among others against the same alone; `repeat_max_abs` the same twice.
+    `failures` are empty where it passed.
+    """
+
+    engine: str
+    windows: int
+    seconds: float
+    axes: dict[str, AxisParity]
+    reference_rounding: float
+    batch_max_abs: float | None
+    repeat_max_abs: float | None
+    limit: float
+    failures: tuple[str, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`bundle.json`."""
 
@@ -112,6 +147,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     half: Half | None = None
     engines: dict[str, str] = {}
     """Of each compiled engine, by its key: the sha256 of `engines/<key>/engine.json`, which has those of its plans."""
+    verified: dict[str, Verification] = {}
+    """By backend, device and precision, such as "openvino cpu bf16": the last that was found of it."""
 
 
 def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

@@ -1,4 +1,4 @@
-"""`aesanet build`: a checkpoint to a bundle with engines, in one command."""
+"""`aesanet build`: a checkpoint to a bundle with engines that were held to it, in one command."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import click
 
 from aesanet.cli.compile import asked_for, compile, profiles_of
 from aesanet.cli.export import export
+from aesanet.cli.verify import verify
 
 
 def _build(**given: Any) -> None:
@@ -19,19 +20,23 @@ def _build(**given: Any) -> None:
     context = click.get_current_context()
     context.invoke(export, fp16=True, **_own(export, given))
     context.invoke(compile, bundle=given["out"], **_own(compile, given))
+    context.invoke(verify, bundle=given["out"], **_own(verify, given))
 
 
 def _own(command: click.Command, given: dict[str, Any]) -> dict[str, Any]:
     return {param.name: given[param.name] for param in command.params if param.name in given}
 
 
+_PARAMS = {param.name: param for command in (verify, compile, export) for param in command.params}
+
 build = click.Command(
     "build",
-    params=[param for param in (*export.params, *compile.params) if param.name not in ("fp16", "bundle")],
+    params=[param for name, param in _PARAMS.items() if name not in ("fp16", "bundle")],
     callback=_build,
-    help="""Export CHECKPOINT with FP16 graphs and compile them: `aesanet export --fp16`, then `aesanet compile`.
+    help="""Export CHECKPOINT with FP16 graphs, compile them and verify the bundle: `aesanet export --fp16`, `aesanet
+    compile` and `aesanet verify`.
 
-    Both checks of `export` are made (ONNX against PyTorch, FP16 against FP32) and told, then what was compiled. If
-    that fails, the bundle stays, and `aesanet compile` goes on from there.
+    What each of them measures is told. If the second fails, the bundle stays, and `aesanet compile` goes on from there.
+    Exit status: 0 all engines that run here passed, 1 some failed, 2 something could not be done.
     """,
 )

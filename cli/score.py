@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.errors import InputError
+
+if TYPE_CHECKING:
+    from aesanet.runtime.scorer import Scorer
 
 # What is said of scores by what their weights were made from.
 _WORTH = {
@@ -79,8 +82,9 @@ def score(
         raise InputError(f"no audio in {', '.join(inputs)}")
     scorer = Scorer.open(bundle, threads=threads, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
-    if (worth := _WORTH[scorer.manifest.weights]) is not None:
-        note(worth)
+    for line in (_WORTH[scorer.manifest.weights], _checked(scorer)):
+        if line is not None:
+            note(line)
 
     rows = failed = 0
     seconds = 0.0
@@ -118,6 +122,17 @@ def score(
         sys.exit(EXIT_INTERRUPTED)
     if failed:
         sys.exit(EXIT_ROWS_FAILED)
+
+
+def _checked(scorer: "Scorer") -> str | None:
+    """What is to be said of how this engine's scores compare with the checkpoint's."""
+    kind = scorer.backend.kind
+    found = scorer.manifest.verified.get(kind)
+    if found is None:
+        return f"this bundle was never verified on {kind}: `aesanet verify` does"
+    if found.failures:
+        return f"on {kind} this bundle FAILED `aesanet verify`: {found.failures[0]}"
+    return None
 
 
 @contextmanager

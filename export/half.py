@@ -59,7 +59,7 @@ def add_half(
     for logits in _LOGITS:
         progress(f"rounding to FP16, attention logits in {in_words(logits)}")
         specs = {name: _write_half(folder, graphs[name], logits[name]) for name in HALF_GRAPH_NAMES}
-        half = {name: _session_as_written(ir.load(folder / spec.file)) for name, spec in specs.items()}
+        half = {name: session_as_written(ir.load(folder / spec.file)) for name, spec in specs.items()}
         features, scores = _worst_differences(reference, half, clips)
         if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
             return Half(
@@ -112,7 +112,8 @@ def round_as_written(model: ir.Model) -> None:
                 user.replace_input_with(position, last)
 
 
-def _session_as_written(model: ir.Model) -> onnxruntime.InferenceSession:
+def session_as_written(model: ir.Model) -> onnxruntime.InferenceSession:
+    """A session on the processor that rounds every half tensor of a graph; changes the graph (`round_as_written`)."""
     round_as_written(model)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -169,7 +170,7 @@ def _check_rounding() -> None:
     x = rng.normal(size=(8, 64)).astype(np.float32)
     weight, bias = (rng.normal(0, 20, size).astype(np.float16) for size in ((64, 64), 64))
     model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(_PRODUCT_AND_BIAS)))
-    (found,) = _session_as_written(model).run(None, {"x": x, "weight": weight, "bias": bias})
+    (found,) = session_as_written(model).run(None, {"x": x, "weight": weight, "bias": bias})
     product = x.astype(np.float16).astype(np.float64) @ weight.astype(np.float64)
     if not np.array_equal(found, product.astype(np.float16) + bias):
         raise ExportError(

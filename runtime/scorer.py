@@ -68,15 +68,9 @@ class Scorer:
 
         Raises BundleError (a damaged bundle) or BackendError (no such engine here).
         """
-        manifest = read_manifest(bundle)
-        files = BundleFiles(
-            Path(bundle),
-            manifest,
-            {name: graph_file(bundle, spec) for name, spec in manifest.graphs.items()},
-            {name: graph_file(bundle, spec) for name, spec in manifest.half.graphs.items()} if manifest.half else {},
-        )
+        files = open_files(bundle)
         engine, reason = open_backend(files, backend, device, precision, threads)
-        return cls(manifest, engine, reason)
+        return cls(files.manifest, engine, reason)
 
     @overload
     def score(self, audio: list[OneAudio]) -> list[ClipScores | ClipError]: ...
@@ -155,6 +149,17 @@ class Scorer:
                 yield num_samples, scores()
         for num_samples, scores in under_way:
             yield num_samples, scores()
+
+
+def open_files(bundle: str | Path) -> BundleFiles:
+    """A bundle's manifest and graphs, each file's hash checked; raises BundleError."""
+    manifest = read_manifest(bundle)
+    return BundleFiles(
+        Path(bundle),
+        manifest,
+        {name: graph_file(bundle, spec) for name, spec in manifest.graphs.items()},
+        {name: graph_file(bundle, spec) for name, spec in manifest.half.graphs.items()} if manifest.half else {},
+    )
 
 
 def _rounded(scores: np.ndarray, seconds: float) -> ClipScores:

@@ -448,8 +448,10 @@ def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, 
         main([*command, "--capability", "8.9", "--profiles", "1:2"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert [word in out for word in ("parity with PyTorch", "FP16 (attention logits in fp16)", ": built")] == [True] * 3
+    told = ("parity with PyTorch", "FP16 (attention logits in fp16)", ": built", "onnxruntime cpu fp16: passed")
+    assert [word in out for word in told] == [True] * 4
     manifest = read_manifest(tmp_path / "b")
+    assert "onnxruntime cpu fp32" in manifest.verified
     assert read_engine(tmp_path / "b", manifest, *manifest.engines).parts["GPU"] == "compute capability 8.9"
 
 

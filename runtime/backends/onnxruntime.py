@@ -32,6 +32,7 @@ class OnnxRuntimeBackend(Backend):
         if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
         self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
+        self.kind = f"onnxruntime {device} {precision}"
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""

@@ -46,6 +46,8 @@ class TensorRTBackend(Backend):
     Raises BackendError where a plan cannot run here.
     """
 
+    kind = "tensorrt cuda fp16"
+
     def __init__(
         self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = _GRAPHS_KEPT
     ) -> None:

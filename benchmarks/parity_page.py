@@ -1,0 +1,99 @@
+"""What `aesanet verify` found, as one HTML page that needs nothing else: verdicts, tables, plots."""
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from aesanet.axes import AXES
+from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, allowed
+from aesanet.bundle import Manifest, Verification
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left } .passed { color: #17692c } .failed { color: #b3261e }
+svg { max-width: 100%; height: auto }
+"""
+_COLOURS = dict(zip(AXES, ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0"), strict=True))
+
+
+def parity_page(
+    bundle: str,
+    manifest: Manifest,
+    reference: Reference,
+    found: Mapping[str, tuple[Verification, np.ndarray]],
+    layers: Sequence[str],
+) -> str:
+    """The page: `found` has what was measured of each engine and its scores of each window, float64 [windows, 4]."""
+    seconds = sum(len(window.samples) for window in reference.windows) / manifest.sample_rate
+    parts = [
+        f"<h1>Are the scores of {_text(bundle)} the checkpoint's?</h1>",
+        f"<p>{_text(manifest.source.checkpoint)} (sha256 {manifest.source.sha256[:16]}…; {manifest.weights} weights), "
+        f"{len(reference.windows)} windows, {seconds:.0f} s of audio. The reference is PyTorch in FP32, eager, each "
+        f"window alone and unpadded. Its own front end rounds to FP32 too, which moves these scores by up to "
+        f"{reference.rounding.max():.1e}; a window's limit is widened by four times its own rounding, and its point is "
+        f"hollow where that more than doubles it. SRCC is held to "
+        f"{SRCC_LIMIT} from {SRCC_FROM} windows on.</p>",
+    ]
+    for name, (result, scores) in found.items():
+        parts += [f"<h2>{_text(name)}</h2>", _verdict(result), _table(result), _plot(reference, scores, result)]
+    if layers:
+        parts += ["<h2>Layers</h2>", f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in layers)}</ul>"]
+    head = f"<meta charset=utf-8><title>{_text(bundle)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _verdict(result: Verification) -> str:
+    if not result.failures:
+        return f"<p class=passed><b>Passed</b>: {_text(result.engine)}, limit {result.limit:g}</p>"
+    lines = "".join(f"<li>{_text(failure)}</li>" for failure in result.failures)
+    return f"<p class=failed><b>Failed</b>: {_text(result.engine)}, limit {result.limit:g}</p><ul>{lines}</ul>"
+
+
+def _table(result: Verification) -> str:
+    rows = "".join(
+        f"<tr><td>{axis}</td><td>{_number(p.max_abs, '.1e')}</td><td>{_number(p.mean_abs, '.1e')}</td>"
+        f"<td>{_number(p.p99_abs, '.1e')}</td><td>{_number(p.srcc, '.5f')}</td><td>{_number(p.ktau, '.5f')}</td>"
+        f"<td>{p.swapped_pairs}</td></tr>"
+        for axis, p in result.axes.items()
+    )
+    heads = ("difference", "largest", "mean", "p99", "SRCC", "KTAU", "pairs in another order")
+    return (
+        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
+        f"<p>Among other clips: {_number(result.batch_max_abs, '.1e')} at most. "
+        f"Scored again: {_number(result.repeat_max_abs, '.1e')}.</p>"
+    )
+
+
+def _plot(reference: Reference, found: np.ndarray, result: Verification) -> str:
+    """Scores against scores, and differences against scores, as SVG."""
+    expected = reference.scores
+    widened = allowed(reference, result.limit) > 2 * result.limit
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    scatter, difference = figure.subplots(1, 2)
+    for column, axis in enumerate(AXES):
+        ours, theirs, colour = found[:, column], expected[:, column], _COLOURS[axis]
+        scatter.scatter(theirs, ours, s=14, color=colour, label=axis)
+        faces = np.where(widened, "none", colour)
+        difference.scatter(theirs, ours - theirs, s=14, facecolors=faces, edgecolors=colour)
+    low, high = float(expected.min()), float(expected.max())
+    scatter.plot([low, high], [low, high], color="#999", linewidth=0.8, zorder=0)
+    for edge in (-result.limit, result.limit):
+        difference.axhline(edge, color="#b3261e", linewidth=0.8, linestyle="--")
+    scatter.set(xlabel="PyTorch", ylabel="engine")
+    difference.set(xlabel="PyTorch", ylabel="difference (limit dashed)")
+    scatter.legend()
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg")
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
+
+
+def _number(value: float | None, layout: str) -> str:
+    return "none" if value is None else format(value, layout)
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

@@ -1,0 +1,165 @@
+"""`aesanet verify`: are a bundle's scores the checkpoint's?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
+from aesanet.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aesanet.bundle import Manifest
+    from aesanet.runtime.backends.base import Backend, BundleFiles, Precision
+
+_LAYERS_SECONDS = 4  # that layers are compared on: all tensors of a graph are kept
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The checkpoint that the bundle was exported from.",
+)
+@click.option("--beats", type=click.Path(path_type=Path), help="The public BEATs file of a head-only checkpoint.")
+@click.option(
+    "--audio",
+    multiple=True,
+    type=click.Path(),
+    help="Files, folders or manifests to score.  [default: eight recordings that come with aesanet]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["all", "onnxruntime", "openvino", "tensorrt"]),
+    default="all",
+    show_default=True,
+    help="all: every engine and precision that runs here.",
+)
+@click.option("--layers", is_flag=True, help="Compare every graph layer by layer too, and name the first that differs.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with tables and plots to this file.")
+def verify(
+    bundle: Path,
+    checkpoint: Path,
+    beats: Path | None,
+    audio: tuple[str, ...],
+    backend: str,
+    layers: bool,
+    html: Path | None,
+) -> None:
+    """Hold BUNDLE's scores of real audio to those of its checkpoint in PyTorch.
+
+    Every engine and precision that runs here scores every window alone, among others and twice. Differences are at
+    most 1e-4 in FP32 and .02 in FP16 and bf16, on the scale of 0-10; what was found is kept in the bundle.
+
+    Exit status: 0 all passed, 1 some failed, 2 the check could not run.
+    """
+    with extra("export,cpu"):
+        from aesanet.benchmarks.parity import read_windows, reference_scores
+        from aesanet.benchmarks.parity import verify as hold
+        from aesanet.models.checkpoint import load_checkpoint
+    from aesanet.models import demo
+    from aesanet.runtime.rows import read_rows
+    from aesanet.runtime.scorer import open_files
+
+    files = open_files(bundle)
+    manifest = files.manifest
+    _check_source(bundle, manifest, checkpoint, beats)
+    note(f"loading {checkpoint}")
+    model = load_checkpoint(checkpoint, beats)
+    windows = list(read_windows(read_rows(audio or [str(path) for path in demo.samples()]), manifest.window))
+    if not windows:
+        raise InputError(f"no audio in {', '.join(audio)} that is long enough to be scored")
+    note(f"scoring {len(windows)} windows with PyTorch")
+    reference = reference_scores(model, windows)
+    found = {}
+    for precision, engine in _engines(files, backend):
+        note(f"scoring them with {engine.name}")
+        found[engine.kind] = result, _ = hold(engine, precision, reference)
+        click.echo(_line(engine.kind, result))
+    if not found:
+        raise BackendError("no engine here runs this bundle; see `aesanet doctor`")
+    lines = []
+    if layers:
+        with extra("export,cpu"):
+            from aesanet.benchmarks.layers import compare_layers
+        seconds = _LAYERS_SECONDS * manifest.sample_rate
+        for compared in compare_layers(model, files, windows[0].samples[:seconds]):
+            lines.append(str(compared))
+            click.echo(str(compared))
+    _keep(bundle, {name: result for name, (result, _) in found.items()})
+    if html is not None:
+        from aesanet.benchmarks.parity_page import parity_page
+
+        try:
+            html.write_text(parity_page(str(bundle), manifest, reference, found, lines), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{html}: {error.strerror}") from None
+    if any(result.failures for result, _ in found.values()):
+        raise SystemExit(EXIT_ROWS_FAILED)
+
+
+def _check_source(bundle: Path, manifest: "Manifest", checkpoint: Path, beats: Path | None) -> None:
+    """Raise InputError where the bundle was made from other files: their scores have no reason to agree."""
+    from aesanet.hashing import file_sha256
+
+    for path, expected in ((checkpoint, manifest.source.sha256), (beats, manifest.source.beats_sha256)):
+        if path is not None and path.is_file() and (found := file_sha256(path)) != expected:
+            raise InputError(
+                f"{path}: sha256 is {found}, but {bundle} was exported from {manifest.source.checkpoint} "
+                f"with {expected}"
+            )
+
+
+def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[Precision, Backend]]":
+    """Every engine and precision that runs here, opened; what cannot be is told, or raises if it was asked for."""
+    from aesanet.benchmarks.parity import RoundedHalf
+    from aesanet.runtime.backends import open_backend, supported_backends
+
+    for name, support in supported_backends().items():
+        if backend not in ("all", name):
+            continue
+        for device, precision in support.runs:
+            try:
+                engine, _ = open_backend(files, name, device, precision)
+            except BackendError as error:
+                if backend == name == "tensorrt":
+                    raise
+                note(f"{name} {device} {precision} is left out: {error}")
+                continue
+            yield precision, engine
+        if not support.runs:
+            if backend == name:
+                raise BackendError(f"{name}: {support.detail}")
+            if name == "tensorrt" and files.manifest.engines:
+                note(f"the bundle's compiled engines are left out: {support.detail}")
+        if name == "onnxruntime" and support.runs and files.fp16:
+            yield "fp16", RoundedHalf(files)
+
+
+def _line(name: str, result: Any) -> str:
+    if result.failures:
+        return f"{name}: {'; '.join(('FAILED', *result.failures))}"
+    worst = max(parity.max_abs for parity in result.axes.values())
+    return (
+        f"{name}: passed ({result.windows} windows, {result.seconds:.0f} s: differs by up to {worst:.1e}, "
+        f"among others {result.batch_max_abs:.1e}, again {result.repeat_max_abs:.1e}; limit {result.limit:.0e}, and "
+        f"{result.reference_rounding:.0e} of PyTorch's own rounding)"
+    )
+
+
+def _keep(bundle: Path, found: dict[str, Any]) -> None:
+    """Enter the results into the manifest as it is now; a bundle that cannot be written is told and goes without."""
+    import msgspec
+
+    from aesanet.bundle import read_manifest
+    from aesanet.export.writer import write_manifest
+
+    manifest = read_manifest(bundle)
+    try:
+        write_manifest(bundle, msgspec.structs.replace(manifest, verified=manifest.verified | found))
+    except OSError as error:
+        note(f"{bundle}: what was found cannot be kept in it: {error.strerror}")

@@ -1,0 +1,339 @@
+"""`aesanet verify`: bundles that are broken on purpose fail with what is wrong; good ones pass, and it is kept."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import RECORDINGS
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from onnx import numpy_helper
+from scipy import stats
+from test_tensorrt import Simulated
+
+from aesanet.axes import AXES
+from aesanet.benchmarks.layers import compare_layers
+from aesanet.benchmarks.parity import SRCC_FROM, Reference, Window, _axis, _edges, reference_scores, verify
+from aesanet.benchmarks.parity_page import parity_page
+from aesanet.bundle import Verification, read_manifest
+from aesanet.cli.main import main
+from aesanet.hashing import file_sha256
+from aesanet.runtime.backends.base import Backend
+from aesanet.runtime.scorer import open_files
+
+RECORDING = str(RECORDINGS[4])
+
+
+@pytest.fixture
+def bundle(half_bundle, tmp_path):
+    return shutil.copytree(half_bundle, tmp_path / "b")
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def check(bundle, checkpoint, *more):
+    return run("verify", bundle, "--checkpoint", checkpoint, "--audio", RECORDING, *more)
+
+
+def test_every_engine_here_passes_and_the_bundle_keeps_it(bundle, tiny_checkpoint, capsys):
+    assert run("score", bundle, RECORDING, "--backend", "onnxruntime", "--precision", "fp32") == 0
+    assert "this bundle was never verified on onnxruntime cpu fp32: `aesanet verify` does" in capsys.readouterr().err
+    assert check(bundle, tiny_checkpoint) == 0
+    out = capsys.readouterr().out.splitlines()
+    kinds = ["onnxruntime cpu fp32", "onnxruntime cpu fp16", "openvino cpu fp32"]
+    assert {line.partition(": passed (")[0] for line in out} >= set(kinds)
+    kept = read_manifest(bundle).verified
+    for kind in kinds:
+        found = kept[kind]
+        assert found.failures == ()
+        assert found.windows == 2  # 6 s in windows of 4 s, every 3 s
+        assert found.limit == (0.02 if "16" in kind else 1e-4)
+        assert list(found.axes) == list(AXES)
+        assert all(parity.max_abs <= found.limit + 4 * found.reference_rounding for parity in found.axes.values())
+        assert found.batch_max_abs <= found.limit
+    assert kept["onnxruntime cpu fp16"].axes["CE"].max_abs > kept["onnxruntime cpu fp32"].axes["CE"].max_abs
+    assert run("score", bundle, RECORDING, "--backend", "onnxruntime", "--precision", "fp32") == 0
+    assert "verif" not in capsys.readouterr().err
+
+
+def test_one_backend_alone(bundle, tiny_checkpoint, capsys):
+    assert check(bundle, tiny_checkpoint, "--backend", "openvino") == 0
+    assert all(kind.startswith("openvino") for kind in read_manifest(bundle).verified)
+    assert check(bundle, tiny_checkpoint, "--backend", "tensorrt") == 2
+    assert re.search("tensorrt: .*(not installed|cannot run)", capsys.readouterr().err)
+
+
+def changed_graph(bundle, name, change, precision="fp32"):
+    """Rewrite one of a bundle's graphs, its hash too, as somebody may who means no harm."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    spec = (manifest["graphs"] if precision == "fp32" else manifest["half"]["graphs"])[name]
+    proto = onnx.load(bundle / spec["file"])
+    change(proto)
+    onnx.save(proto, bundle / spec["file"])
+    spec["sha256"] = file_sha256(bundle / spec["file"])
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def weight(ending, change):
+    def edit(proto):
+        (tensor,) = (t for t in proto.graph.initializer if t.name.endswith(ending))
+        value = numpy_helper.to_array(tensor).copy()
+        change(value)
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+    return edit
+
+
+def test_one_changed_weight_is_found_and_its_layer_named(bundle, tiny_checkpoint, capsys):
+    changed_graph(bundle, "encoder", weight("layers.1.fc1.bias", lambda value: value.__setitem__(3, 9.0)))
+    assert check(bundle, tiny_checkpoint, "--layers") == 1
+    out = capsys.readouterr().out
+    told = r"onnxruntime cpu fp32: FAILED; (CE|CU|PC|PQ) is \d\.\d+ and not \d\.\d+ for .*audiobook\.wav, window \d \("
+    assert re.search(told, out)
+    assert "encoder fp32: the first of" in out
+    assert "layers that differs is beats.layers.1.fc1, by" in out
+    assert "head fp32: none of" in out  # what the encoder does wrong is not the head's
+    assert run("score", bundle, RECORDING, "--backend", "onnxruntime", "--precision", "fp32") == 0
+    assert "on onnxruntime cpu fp32 this bundle FAILED `aesanet verify`: " in capsys.readouterr().err
+
+
+def test_an_overflow_in_half_is_found_and_its_layer_named(bundle, tiny_checkpoint, capsys):
+    """Within a product of half numbers, all of which are finite."""
+
+    def overflow(proto):
+        weight("layers.1.fc1.bias.fp16", lambda value: value.fill(60_000))(proto)
+        scopes = {node.name: str(node.metadata_props) for node in proto.graph.node}
+        (fc2,) = (n for n in proto.graph.node if n.op_type == "MatMul" and "layers.1.fc2" in scopes[n.name])
+        weight(fc2.input[1], lambda value: value.fill(1))(proto)
+
+    changed_graph(bundle, "encoder", overflow, "fp16")
+    assert check(bundle, tiny_checkpoint, "--layers", "--backend", "onnxruntime") == 1
+    out = capsys.readouterr().out
+    assert "onnxruntime cpu fp32: passed" in out
+    # ONNX Runtime's LSTM makes numbers of NaN.
+    assert re.search(
+        r"onnxruntime cpu fp16: FAILED; .. is \d.\d+ and not \d.\d+ for .*; --layers says where it begins", out
+    )
+    assert re.search(r"encoder fp16: the first of \d+ layers that differs is beats\.layers\.1\.fc1 \(", out)
+
+
+def test_axes_in_another_order_are_found(bundle, tiny_checkpoint, capsys):
+    def swap(proto):
+        (output,) = proto.graph.output
+        for node in proto.graph.node:
+            node.output[:] = ["before" if name == output.name else name for name in node.output]
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([1, 2, 0, 3]), "order"))
+        proto.graph.node.append(onnx.helper.make_node("Gather", ["before", "order"], [output.name], axis=1))
+
+    changed_graph(bundle, "head", swap)
+    assert check(bundle, tiny_checkpoint, "--backend", "openvino") == 1
+    assert "the axes are in another order: where CE, CU, PC, PQ should be are CU, PC, CE, PQ" in capsys.readouterr().out
+
+
+def test_what_is_not_the_bundles_is_refused(bundle, tiny_checkpoint, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    shutil.copy(tiny_checkpoint, other)
+    other.write_bytes(other.read_bytes() + b" ")
+    assert check(bundle, other) == 2
+    assert "was exported from tiny.safetensors with" in capsys.readouterr().err
+    path = bundle / "head.onnx"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert check(bundle, tiny_checkpoint) == 2
+    assert "head.onnx: sha256 is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("audio", "told"), [("missing.wav", "no such file"), ("EMPTY", "long enough")])
+def test_audio_that_cannot_be_used(bundle, tiny_checkpoint, tmp_path, capsys, audio, told):
+    (tmp_path / "empty").mkdir()
+    given_audio = tmp_path / "empty" if audio == "EMPTY" else audio
+    assert run("verify", bundle, "--checkpoint", tiny_checkpoint, "--audio", given_audio) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_bundle_that_cannot_be_written_is_verified_all_the_same(bundle, tiny_checkpoint, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aesanet.export.writer.write_manifest", full)
+    assert check(bundle, tiny_checkpoint, "--backend", "openvino") == 0
+    assert "what was found cannot be kept in it: No space left on device" in capsys.readouterr().err
+
+
+# Against engines that are made for it
+
+
+class Odd(Backend):
+    """An engine that gives the scores it is told to, by the clip's first sample, and does one thing wrong."""
+
+    name = kind = "odd"
+
+    def __init__(self, scores, wrong="nothing"):
+        self.answers, self.wrong, self.calls = scores, wrong, 0
+
+    def scores(self, waveform, num_samples):
+        self.calls += 1
+        found = self.answers[np.round(waveform[:, 0] * 1000).astype(int)].astype(np.float32)
+        if self.wrong == "batch" and len(waveform) > 1:
+            found = found + 0.03
+        if self.wrong == "repeat":
+            found = found + 0.03 * (self.calls > len(self.answers))
+        return found
+
+
+def odd_reference(scores, rounding=0.0):
+    windows = [Window(f"clip {n}", np.full(3_000 + n, n / 1000, np.float32)) for n in range(len(scores))]
+    return Reference(windows, scores, np.full(len(scores), rounding))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("nothing", None),
+        ("batch", "a window's scores change by 3.0e-02 with what else is in its batch (limit 2e-02)"),
+        ("repeat", "a window's scores change by 3.0e-02 when it is scored again (limit 2e-02)"),
+    ],
+)
+def test_scores_that_depend_on_company_or_chance_fail(wrong, told):
+    scores = np.random.default_rng(0).uniform(0, 10, (6, 4))
+    found, _ = verify(Odd(scores, wrong), "fp16", odd_reference(scores))
+    assert (told in found.failures) if told else (found.failures == ())
+
+
+def test_scores_that_are_no_numbers_fail_and_can_be_kept_and_shown(half_bundle):
+    scores = np.random.default_rng(0).uniform(0, 10, (6, 4))
+    broken = scores.copy()
+    broken[2:4, 1] = np.nan
+    reference = odd_reference(scores)
+    found, _ = verify(Odd(broken), "fp16", reference)
+    assert found.failures == (
+        "2 of 6 windows have scores that are no numbers, as where FP16 overflows; --layers says where",
+    )
+    assert found.axes["CU"].max_abs is None
+    assert found.axes["CE"].max_abs < 1e-6
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Verification) == found
+    page = parity_page("b", read_manifest(half_bundle), reference, {"odd": (found, broken)}, ())
+    assert "<td>none</td>" in page
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(3.0, True), (6.0, False)])
+def test_the_limit_is_wider_by_what_fp32_moves_the_reference(factor, passes):
+    scores = np.random.default_rng(0).uniform(1, 9, (5, 4))
+    found, _ = verify(Odd(scores + factor * 1e-3), "fp32", odd_reference(scores, rounding=1e-3))
+    assert (not found.failures) == passes
+
+
+@pytest.mark.parametrize(("windows", "passes"), [(SRCC_FROM - 1, True), (SRCC_FROM, False)])
+def test_ranks_are_held_to_their_limit_where_there_are_windows_enough(windows, passes):
+    """Scores .002 apart, each within .02 of what it should be, in reverse order."""
+    scores = np.linspace(5, 5.019, windows)[:, None] + np.zeros(4)
+    found, _ = verify(Odd(scores[::-1]), "fp16", odd_reference(scores))
+    assert found.axes["CE"].srcc == pytest.approx(-1)
+    assert (not found.failures) == passes
+    if not passes:
+        assert found.failures[0] == "CE ranks the windows otherwise: SRCC -1.0000, limit 0.9995"
+
+
+vectors = st.integers(2, 12).flatmap(
+    lambda n: st.tuples(*[arrays(np.float64, n, elements=st.floats(0, 10, width=32))] * 2)
+)
+
+
+@given(vectors, st.floats(1e-4, 1))
+def test_statistics_of_an_axis_against_plain_ones(pair, limit):
+    expected, found = pair
+    parity = _axis(expected, found, limit)
+    differences = [abs(a - b) for a, b in zip(expected, found, strict=True)]
+    assert parity.max_abs == max(differences)
+    assert parity.mean_abs == pytest.approx(sum(differences) / len(differences))
+    assert parity.p99_abs == pytest.approx(np.quantile(differences, 0.99))
+    swapped = 0
+    for i in range(len(expected)):
+        for j in range(i):
+            far = abs(expected[i] - expected[j]) > limit
+            swapped += far and (expected[i] > expected[j]) == (found[i] < found[j]) and found[i] != found[j]
+    assert parity.swapped_pairs == swapped
+    if parity.srcc is not None:
+        assert parity.srcc == pytest.approx(stats.spearmanr(expected, found).statistic, nan_ok=True)
+
+
+def test_an_engine_with_profiles_is_held_at_their_edges(half_bundle, tiny_model):
+    backend = Simulated(half_bundle).open()
+    assert _edges(backend, 64_000) == [2_800, 2_801, 16_000, 16_001, 64_000]
+    assert _edges(Odd(None), 64_000) == [2_800, 64_000]
+    rng = np.random.default_rng(0)
+    windows = [Window(str(n), rng.normal(0, 0.1, n).astype(np.float32)) for n in (64_000, 16_000, 9_000, 2_800)]
+    reference = reference_scores(tiny_model, windows)
+    found, scores = verify(backend, "fp32", reference)
+    assert found.failures == ()
+    assert found.engine == "tensorrt 0.simulated cuda fp16"
+    np.testing.assert_allclose(scores, reference.scores, atol=1e-4)
+
+
+def test_the_reference_is_pytorch_window_by_window(tiny_model):
+    windows = [Window("a", np.random.default_rng(n).normal(0, 0.1, 9_000 + n).astype(np.float32)) for n in range(3)]
+    reference = reference_scores(tiny_model, windows)
+    for window, scores in zip(windows, reference.scores, strict=True):
+        with torch.no_grad():
+            alone = tiny_model(torch.from_numpy(window.samples)[None], torch.tensor([len(window.samples)]))
+        assert np.array_equal(scores, alone[0].numpy().astype(np.float64))
+    assert (reference.rounding < 1e-4).all()
+
+
+def test_every_layer_of_a_good_bundle_agrees(demo_bundle, half_bundle, tiny_model, clips):
+    found = {
+        (layers.graph, layers.precision): layers
+        for layers in compare_layers(tiny_model, open_files(half_bundle), clips[4])
+    }
+    assert list(found) == [
+        ("frontend", "fp32"), ("encoder", "fp32"), ("encoder", "fp16"), ("head", "fp32"), ("head", "fp16")
+    ]  # fmt: skip
+    assert all(layers.first is None for layers in found.values())
+    modules = dict(tiny_model.encoder.named_modules())
+    assert found["encoder", "fp32"].compared >= len([name for name in modules if name.count(".") >= 2]) * 0.6
+    assert 0 < found["encoder", "fp16"].largest[1] < 5e-2
+
+
+# The page
+
+
+class Parser(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint, tmp_path, capsys):
+    bundle = shutil.copytree(half_bundle, tmp_path / "a <b> & c")
+    page = tmp_path / "page.html"
+    assert check(bundle, tiny_checkpoint, "--html", page, "--layers") == 0
+    parser = Parser()
+    parser.feed(page.read_text())
+    text = "".join(parser.text)
+    assert "a <b> & c the checkpoint's?" in text
+    count = len(read_manifest(bundle).verified)
+    assert parser.tags.count("table") == parser.tags.count("svg") == count >= 3
+    assert text.count("Passed") == count
+    assert parser.links == []
+    assert not re.search(r"""(src|url)\s*[=(]\s*["']?https?:""", page.read_text())
+    assert "none of" in text
+    capsys.readouterr()
+    assert check(bundle, tiny_checkpoint, "--html", tmp_path / "no" / "page.html", "--backend", "openvino") == 2
+    assert "page.html: No such file or directory" in capsys.readouterr().err
