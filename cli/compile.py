@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from aesanet.cli.notes import note
+from aesanet.errors import BackendError
 
 if TYPE_CHECKING:
     from aesanet.engines import Flavour
@@ -32,14 +33,26 @@ def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | Non
     return ("rtx" if capabilities and flavour == "auto" else choose_flavour(flavour)), capabilities
 
 
-def profiles_of(bounds: list[tuple[float, int]] | None, window_seconds: float) -> "tuple[Profile, ...]":
-    """The profiles asked for, or those that suit a window; raises UsageError."""
+def profiles_of(
+    bounds: list[tuple[float, int]] | None, window_seconds: float, memory_mib: int | None = None
+) -> "tuple[Profile, ...]":
+    """The profiles asked for, or those that suit a window and a GPU's memory; raises UsageError."""
     from aesanet.export.profiles import default_profiles, make_profiles
 
     try:
-        return make_profiles(bounds) if bounds else default_profiles(window_seconds)
+        return make_profiles(bounds) if bounds else default_profiles(window_seconds, memory_mib)
     except ValueError as error:
         raise click.UsageError(f"--profiles: {error}") from None
+
+
+def _memory_mib() -> int | None:
+    """Of the GPU that is here; without one, None."""
+    from aesanet.machine import cuda_gpu, load_cuda
+
+    try:
+        return int(cuda_gpu(load_cuda()).memory)
+    except BackendError:
+        return None
 
 
 @click.command()
@@ -55,7 +68,8 @@ def profiles_of(bounds: list[tuple[float, int]] | None, window_seconds: float) -
 @click.option(
     "--profiles",
     callback=_bounds,
-    help="Longest seconds and largest batch of each, such as 2:128,10:64.  [default: 2 s, the bundle's window, 30 s]",
+    help="Longest seconds and largest batch of each, such as 2:128,10:64.  [default: 2 s, the bundle's window and 30 s, "
+    "in batches that the GPU's memory holds]",
 )
 @click.option(
     "--capability", help="RTX: compute capabilities to build for, such as 8.0,8.9,12.0.  [default: the library's own]"
@@ -83,8 +97,9 @@ def compile(
     from aesanet.export.compile import compile_bundle
     from aesanet.export.engine import Settings
 
-    chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds)
     library, capabilities = asked_for(flavour, capability)
+    memory_mib = None if capabilities else _memory_mib()
+    chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds, memory_mib)
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)
     engine, built = compile_bundle(bundle, library, settings, progress=note)
     click.echo(f"{bundle}/engines/{engine.key}: {'built' if built else 'was there'}")

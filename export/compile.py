@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +26,12 @@ from aesanet.engines import (
 )
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
+from aesanet.export.timing import TimingCache
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
+
+_LEFT_OVER_SECONDS = 24 * 3600.0
 
 
 def choose_flavour(asked: Literal["auto"] | Flavour) -> Flavour:
@@ -59,9 +63,11 @@ def compile_bundle(
     check_capabilities(trt, settings.capabilities)
     # FP32 logits are products of half numbers, which TF32 multiplies exactly; the encoder has no other FP32 product.
     tf32_graph = "encoder" if manifest.half and manifest.half.logits["encoder"] == "fp32" else None
+    machine = machine_parts(flavour, trt, settings.capabilities, _gpu() if flavour == "tensorrt" else None)
+    timing = TimingCache(machine) if flavour == "tensorrt" else None
     parts = {
         **{f"{name} graph": spec.sha256 for name, spec in graphs.items()},
-        **machine_parts(flavour, trt, settings.capabilities, _gpu() if flavour == "tensorrt" else None),
+        **machine,
         "recipe": str(RECIPE),
         "profiles": "; ".join(map(str, settings.profiles)),
         "TF32": tf32_graph or "no graph",
@@ -79,13 +85,14 @@ def compile_bundle(
     log: list[str] = []
     try:
         (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
+        _sweep(bundle / ENGINES_FOLDER)
         with tempfile.TemporaryDirectory(prefix=f".{key[:8]}.", dir=bundle / ENGINES_FOLDER) as temporary:
             folder = Path(temporary, "new")
             folder.mkdir()
             plans = {}
             for name, spec in graphs.items():
                 progress(f"compiling {spec.file}")
-                built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress)
+                built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress, timing)
                 plans[name] = _write_plan(built, folder / f"{name}.plan")
             engine = Engine(key, flavour, settings.capabilities, parts, plans)
             (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
@@ -96,6 +103,13 @@ def compile_bundle(
         with suppress(OSError):
             (bundle / ENGINES_FOLDER / "build.log").write_text("\n".join(log) + "\n", encoding="utf-8")
     return engine, True
+
+
+def _sweep(engines: Path) -> None:
+    """Remove what builds that were killed have left, once it is too old to be of one that still runs."""
+    for left in engines.glob(".*.*"):
+        if time.time() - left.stat().st_mtime > _LEFT_OVER_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _graphs(bundle: Path, manifest: Manifest) -> dict[GraphName, GraphSpec]:

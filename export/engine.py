@@ -15,6 +15,7 @@ import msgspec
 from aesanet.bundle import GraphSpec
 from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
+from aesanet.export.timing import TimingCache
 
 RECIPE: Final = 1
 """A part of every engine's key: to be raised when `build_plan` builds otherwise than before."""
@@ -59,11 +60,13 @@ def build_plan(
     tf32: bool,
     log: list[str],
     progress: Callable[[str], None] = lambda step: None,
+    timing: TimingCache | None = None,
 ) -> BuiltPlan:
     """Parse one ONNX file and build its plan, strongly typed: every tensor has the type that the file says.
 
-    tf32 : whether FP32 products may round their factors to ten bits
-    log  : receives the library's own lines
+    tf32   : whether FP32 products may round their factors to ten bits
+    log    : receives the library's own lines
+    timing : what earlier builds measured, and this one adds to
 
     Raises CompileError with the parser's or the builder's reason.
     """
@@ -90,10 +93,14 @@ def build_plan(
         if not config.set_compute_capability(known_capabilities(trt)[capability], index):
             raise CompileError(f"compute capability {capability} was refused by {trt.__name__} {trt.__version__}")
     config.progress_monitor = _monitor(trt, lambda phase: progress(f"{path.name}: {phase}"))
+    if timing is not None:
+        timing.attach(config)
     started = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise CompileError(f"{path.name} could not be built: {_last(log[before:])}")
+    if timing is not None:
+        timing.keep(config)
     return BuiltPlan(
         plan=bytes(plan),
         seconds=time.monotonic() - started,

@@ -11,6 +11,11 @@ from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 MAX_SECONDS: Final = 600.0
 MAX_BATCH: Final = 4096
 
+_FULL_BATCH_SECONDS: Final = 640.0
+# Of base size, measured with TensorRT-RTX 1.7: up to 7.5 MiB of activations a second of audio (encoder, 20 clips of
+# 30 s, FP32 logits); features and log-mel of three batches add .7.
+_MIB_A_SECOND: Final = 8.0
+
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Batches of 1 to `max_batch` clips, padded to `min_seconds` to `max_seconds`.
@@ -37,9 +42,18 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return round(self.min_seconds * SAMPLE_RATE), round(self.max_seconds * SAMPLE_RATE)
 
 
-def default_profiles(window_seconds: float) -> tuple[Profile, ...]:
-    """Clips up to 2 s, a bundle's windows, clips up to 30 s whole; at most about ten minutes of audio a batch."""
-    batch_of = {2.0: 128, 30.0: 20} | {window_seconds: min(128, max(1, round(640 / window_seconds)))}
+def default_profiles(window_seconds: float, memory_mib: int | None = None) -> tuple[Profile, ...]:
+    """Clips up to 2 s, a bundle's windows, clips up to 30 s whole; at most about ten minutes of audio a batch.
+
+    memory_mib : of the GPU, where it is known: batches then take about half of it at most
+    """
+    seconds = _FULL_BATCH_SECONDS
+    if memory_mib is not None:
+        seconds = min(seconds, memory_mib / 2 / _MIB_A_SECOND)
+    batch_of = {
+        longest: max(1, min(128, round(min(seconds, at_most) / longest)))
+        for longest, at_most in ((2.0, seconds), (30.0, 600.0), (window_seconds, seconds))
+    }
     return make_profiles(list(batch_of.items()))
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
+import time
 import types
 
 import msgspec
@@ -34,6 +36,7 @@ from aesanet.export.graph import export_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
 from aesanet.export.profiles import default_profiles, make_profiles
+from aesanet.export.timing import TimingCache
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
@@ -334,6 +337,19 @@ def test_default_profiles_hold_the_window(window):
     assert ends == sorted(set(ends))
 
 
+def test_default_batches_fit_the_gpus_memory():
+    batches = {
+        memory: [p.max_batch for p in default_profiles(10.0, memory)] for memory in (None, 143_771, 8_192, 2_048, 1)
+    }
+    assert batches == {
+        None: [128, 64, 20],
+        143_771: [128, 64, 20],
+        8_192: [128, 51, 17],
+        2_048: [64, 13, 4],
+        1: [1, 1, 1],
+    }
+
+
 @pytest.mark.parametrize("pairs", [[], [(0.1, 4)], [(601, 4)], [(5, 0)], [(5, 5000)], [(5, 4), (5, 8)]])
 def test_profiles_that_make_no_sense(pairs):
     with pytest.raises(ValueError, match="profile"):
@@ -493,3 +509,40 @@ def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, clips
 def test_a_library_that_is_missing_is_named_with_its_extra(bundle):
     with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*: pip install 'aesanet\[gpu\]'"):
         compile_bundle(bundle, "tensorrt", SMALL)
+
+
+# TensorRT's timing cache. RTX has the calls too, and says that they do nothing.
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
+def test_timings_are_kept_for_each_gpu_and_version_and_a_damaged_file_is_no_harm(
+    trt, tiny_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = {"library": "tensorrt 11", "GPU": "NVIDIA L4"}
+    cache = TimingCache(machine)
+    assert TimingCache(machine).path == cache.path != TimingCache(machine | {"GPU": "NVIDIA H200"}).path
+    spec = read_manifest(tiny_bundle).graphs["frontend"]
+    build = functools.partial(build_plan, trt, tiny_bundle / spec.file, spec, SMALL, False, [], timing=cache)
+    assert build().plan
+    kept = cache.path.read_bytes()
+    assert kept
+    taken = []
+    real = cache.attach
+    monkeypatch.setattr(cache, "attach", lambda config: (real(config), taken.append(config.get_timing_cache())))
+    for content in (kept, b"damaged", b""):
+        cache.path.write_bytes(content)
+        assert build().plan
+    assert len(taken) == 3
+    assert None not in taken
+    assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.path))  # a file, in which no folder can be made
+    assert build_plan(trt, tiny_bundle / spec.file, spec, SMALL, False, [], timing=TimingCache(machine)).plan
+
+
+def test_what_a_killed_build_left_is_removed_a_day_later(bundle):
+    engines = bundle / "engines"
+    for name, age in ((".old.abc", 2 * 86_400), (".new.abc", 60)):
+        (engines / name).mkdir(parents=True)
+        then = time.time() - age
+        os.utime(engines / name, (then, then))
+    engine, _ = compile_bundle(bundle, "rtx", SMALL)
+    assert {path.name for path in engines.iterdir()} == {".new.abc", "build.log", engine.key}
