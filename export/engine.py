@@ -17,7 +17,7 @@ from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
 from aesanet.export.timing import TimingCache
 
-RECIPE: Final = 1
+RECIPE: Final = 2
 """A part of every engine's key: to be raised when `build_plan` builds otherwise than before."""
 
 _SECONDS_BETWEEN_NEWS: Final = 5.0
@@ -77,6 +77,11 @@ def build_plan(
     config = builder.create_builder_config()
     # On by default, and it moves log-mel by up to 5.5.
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    # Both let a batch below a profile's largest run in as little working memory as it needs, and in ours alone.
+    if hasattr(resize := getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10"):
+        config.set_preview_feature(resize.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.level is not None:
         config.builder_optimization_level = settings.level
     if settings.workspace is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aesanet.errors import BackendError
+from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.machine import cuda_call
 
 
@@ -27,9 +27,26 @@ class CudaDevice:
         self._cuda = cuda
         self._ordinal = self._call("cudaGetDevice")
 
-    def use(self) -> None:
-        """Let this thread's calls be on this device: each thread has a current one of its own."""
-        self._call("cudaSetDevice", self._ordinal)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Let this thread's calls be on this device, and then on the one before: each thread has its own."""
+        before = self._call("cudaGetDevice")
+        if before != self._ordinal:
+            self._call("cudaSetDevice", self._ordinal)
+        try:
+            yield
+        finally:
+            if before != self._ordinal:
+                self._call("cudaSetDevice", before)
+
+    def check_here(self, address: int) -> None:
+        """Raise ValueError for memory that is not this device's."""
+        found = self._call("cudaPointerGetAttributes", address)
+        here = (self._cuda.cudaMemoryType.cudaMemoryTypeDevice, self._cuda.cudaMemoryType.cudaMemoryTypeManaged)
+        if found.type not in here or found.device != self._ordinal:
+            raise ValueError(
+                f"an array of GPU {found.device} ({found.type.name}); the engine is on GPU {self._ordinal}"
+            )
 
     def allocate(self, num_bytes: int) -> int:
         """The address of device memory, aligned to 256 bytes."""
@@ -44,7 +61,10 @@ class CudaDevice:
 
         It lives as long as the array that is returned, or a view of it.
         """
-        address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault))
+        try:
+            address = int(self._call("cudaHostAlloc", num_bytes, self._cuda.cudaHostAllocDefault))
+        except DeviceMemoryError as error:  # the host's, and smaller batches on the device are no help
+            raise BackendError(f"no {num_bytes} bytes of page-locked memory: {error}") from None
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
         weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False  # the system takes it back then
         return np.ctypeslib.as_array(memory)
@@ -67,6 +87,11 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
 
+    def copy(self, to: int, source: int, num_bytes: int, stream: Any) -> None:
+        """Copy within the device, in the stream's order."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", to, source, num_bytes, kind, stream)
+
     def record(self, event: Any, stream: Any) -> None:
         """Let an event stand for all that was given to a stream so far."""
         self._call("cudaEventRecord", event, stream)
@@ -79,9 +104,9 @@ class CudaDevice:
         """Wait here for an event's work."""
         self._call("cudaEventSynchronize", event)
 
-    def synchronize_all(self) -> None:
-        """Wait here for all work on the device."""
-        self._call("cudaDeviceSynchronize")
+    def synchronize_stream(self, stream: Any) -> None:
+        """Wait here for all work of a stream. (Waiting for the whole device would disturb what others capture.)"""
+        self._call("cudaStreamSynchronize", stream)
 
     def free_bytes(self) -> int:
         """Memory of the device that nobody holds."""
@@ -98,8 +123,8 @@ class CudaDevice:
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
             yield captured
-        except BackendError:
-            _, graph = self._cuda.cudaStreamEndCapture(stream)
+        except BaseException:
+            _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
             if graph is not None and int(graph):
                 self._call("cudaGraphDestroy", graph)
             raise
@@ -116,6 +141,14 @@ class CudaDevice:
     def destroy(self, graph: Any) -> None:
         """Forget a captured graph."""
         self._call("cudaGraphExecDestroy", graph)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Give a stream back."""
+        self._call("cudaStreamDestroy", stream)
+
+    def destroy_event(self, event: Any) -> None:
+        """Give an event back."""
+        self._call("cudaEventDestroy", event)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return cuda_call(self._cuda, name, *arguments)

@@ -1,13 +1,18 @@
 """One graph's TensorRT engine at work: contexts by profile, and CUDA graphs of the runs that come again."""
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.runtime.device import CudaDevice
 
-_SEEN_RUNS = 1024  # that are remembered as run once
+_SEEN_RUNS: Final = 1024  # that are remembered as run once
+_IDLE_RUNS: Final = 4  # times the graphs that are kept: only a graph that was idle for so long gives way to another
+_CAPTURE_FAILURES: Final = 3  # after which nothing is captured any more
+
+_log = logging.getLogger("aesanet")
 
 Shapes: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """Of a graph's inputs, by name."""
@@ -27,9 +32,9 @@ class Run:
 class Stage:
     """One engine. All its runs are given to one stream, so that they may share working memory.
 
-    A run that comes a second time is captured as a CUDA graph, in a context of its own as TensorRT wants it, and is
-    launched as that from the third time on; the `graphs_kept` used last are kept. A run that cannot be captured (some
-    loops cannot) is given layer by layer, as are all with `graphs_kept` 0.
+    A run that comes again is captured as a CUDA graph, in a context of its own as TensorRT wants it, and launched as
+    that from then on; at most `graphs_kept` are kept, and one that is still in use never gives way. A run that cannot
+    be captured (some loops cannot) is given layer by layer, as are all with `graphs_kept` 0.
 
     complaints : TensorRT's own lines, which its logger adds to
     """
@@ -43,28 +48,36 @@ class Stage:
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise BackendError(f"{trt.__name__} {trt.__version__} cannot load the {name}: {self._reason()}")
+        for index in range(self.engine.num_io_tensors):
+            tensor = self.engine.get_tensor_name(index)
+            if self.engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE:
+                raise BackendError(f"the {name} wants {tensor} in the host's memory; compile the bundle again")
         self._config = self._runtime_config()
         # RTX captures by itself: it alone knows when a kernel gives way to one that is made for the shape.
         native = hasattr(self._config, "cuda_graph_strategy")
         if native and graphs_kept:
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._graphs_kept = 0 if native else graphs_kept
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, _Context] = {}
         self._seen: OrderedDict[Run, None] = OrderedDict()
-        self._graphs: OrderedDict[Run, tuple[Any, Any]] = OrderedDict()  # with their contexts
+        self._graphs: OrderedDict[Run, _Graph] = OrderedDict()  # the one used last at the end
+        self._runs = self._failures = 0
 
     def activation_bytes(self, profile: int, shapes: Shapes) -> int:
         """Working memory that a run of these shapes needs."""
-        context = self._context(profile)
-        self._set_shapes(context, shapes)
-        return int(context.update_device_memory_size_for_shapes())
+        return self._shape(self._context(profile), shapes)
 
-    def run(self, run: Run) -> None:
-        """Give a run to the stream; raises BackendError or DeviceMemoryError with TensorRT's reason."""
-        if run in self._graphs:
+    def run(self, run: Run, capture: bool = True) -> None:
+        """Give a run to the stream; raises BackendError or DeviceMemoryError with TensorRT's reason.
+
+        capture : whether the run is worth a CUDA graph, if it comes again
+        """
+        self._runs += 1
+        if (graph := self._graphs.get(run)) is not None:
             self._graphs.move_to_end(run)
-            self._device.launch(self._graphs[run][0], self._stream)
-        elif run in self._seen and self._graphs_kept:
+            graph.used = self._runs
+            self._device.launch(graph.handle, self._stream)
+        elif capture and run in self._seen and self._has_room():
             context = self._new_context(run.profile)
             self._enqueue(context, run)  # not captured: the first run in new shapes sets things up
             self._capture(context, run)
@@ -75,49 +88,71 @@ class Stage:
             self._enqueue(self._context(run.profile), run)
 
     def forget_graphs(self) -> None:
-        """Drop all CUDA graphs, as addresses in them are no longer good; the device must be idle."""
-        for graph, _ in self._graphs.values():
-            self._device.destroy(graph)
+        """Drop all CUDA graphs, as addresses in them are no longer good; the stream must be idle."""
+        for graph in self._graphs.values():
+            self._device.destroy(graph.handle)
         self._graphs.clear()
         self._seen.clear()
 
-    def _capture(self, context: Any, run: Run) -> None:
+    def _has_room(self) -> bool:
+        """Whether a graph can be kept: there is room, or the oldest is out of use."""
+        if len(self._graphs) < self._graphs_kept:
+            return True
+        oldest = next(iter(self._graphs.values()), None)
+        return oldest is not None and self._runs - oldest.used > _IDLE_RUNS * self._graphs_kept
+
+    def _capture(self, context: "_Context", run: Run) -> None:
         try:
             with self._device.capture(self._stream) as captured:
                 self._execute(context)
-        except BackendError:
-            self._graphs_kept = 0
+        except BackendError as error:
+            self._device.synchronize_stream(self._stream)  # the context is at work, and goes now
+            self._failures += 1
+            if self._failures == _CAPTURE_FAILURES:
+                self._graphs_kept = 0
+                _log.warning("the %s runs without CUDA graphs: %s", self.name, error)
             return
         if len(self._graphs) >= self._graphs_kept:
-            self._device.synchronize_all()  # the oldest may be at work, and its context goes with it
-            _, (oldest, _) = self._graphs.popitem(last=False)
-            self._device.destroy(oldest)
-        self._graphs[run] = (captured[0], context)
+            self._device.synchronize_stream(self._stream)  # the oldest may be at work, and its context goes with it
+            _, oldest = self._graphs.popitem(last=False)
+            self._device.destroy(oldest.handle)
+        self._graphs[run] = _Graph(captured[0], context, self._runs)
 
-    def _enqueue(self, context: Any, run: Run) -> None:
-        self._set_shapes(context, run.shapes)
+    def _enqueue(self, context: "_Context", run: Run) -> None:
+        self._complaints.clear()
+        needed = self._shape(context, run.shapes)
+        self._must(needed <= run.memory[1], f"{run.memory[1]} bytes of working memory, of which it needs {needed}")
         for name, address in run.addresses:
-            self._must(context.set_tensor_address(name, address), f"address of {name}")
-        context.set_device_memory(*run.memory)
+            self._must(context.trt.set_tensor_address(name, address), f"address of {name}")
+        context.trt.set_device_memory(*run.memory)  # says nothing but in its log
+        self._must(not self._complaints, "working memory")
         self._execute(context)
 
-    def _execute(self, context: Any) -> None:
-        self._must(context.execute_async_v3(int(self._stream)), "run")
+    def _execute(self, context: "_Context") -> None:
+        self._must(context.trt.execute_async_v3(int(self._stream)), "run")
 
-    def _set_shapes(self, context: Any, shapes: Shapes) -> None:
-        for name, shape in shapes:
-            self._must(context.set_input_shape(name, shape), f"shape {shape} of {name}")
+    def _shape(self, context: "_Context", shapes: Shapes) -> int:
+        """Set the shapes of a context's inputs; returns the working memory that it then needs, laid out for them."""
+        if context.shapes != shapes:
+            self._complaints.clear()
+            context.shapes = None
+            for name, shape in shapes:
+                self._must(context.trt.set_input_shape(name, shape), f"shape {shape} of {name}")
+            context.needed = int(context.trt.update_device_memory_size_for_shapes())
+            self._must(not self._complaints, "shapes")
+            context.shapes = shapes
+        return context.needed
 
-    def _context(self, profile: int) -> Any:
+    def _context(self, profile: int) -> "_Context":
         if profile not in self._contexts:
             self._contexts[profile] = self._new_context(profile)
         return self._contexts[profile]
 
-    def _new_context(self, profile: int) -> Any:
+    def _new_context(self, profile: int) -> "_Context":
         context = self.engine.create_execution_context(self._config)
         self._must(context is not None, "context")
         self._must(context.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
-        return context
+        return _Context(context)
 
     def _runtime_config(self) -> Any:
         """How contexts are made: their working memory is given to them, and RTX's share what it compiles for the GPU.
@@ -145,6 +180,24 @@ class Stage:
         reason = "; ".join(self._complaints) or "no reason was given"
         self._complaints.clear()
         return reason
+
+
+@dataclass(eq=False)
+class _Context:
+    """TensorRT's context, and what its shapes were last set to."""
+
+    trt: Any
+    shapes: Shapes | None = None
+    needed: int = 0
+
+
+@dataclass(eq=False)
+class _Graph:
+    """A captured run, the context that must live as long, and the number of the run that used it last."""
+
+    handle: Any
+    context: _Context
+    used: int
 
 
 def _logger(trt: Any, complaints: list[str]) -> Any:

@@ -30,7 +30,7 @@ NOT_PERMITTED = real.cudaError_t.cudaErrorStreamCaptureUnsupported
 
 class Stream:
     def __init__(self, number):
-        self.number, self.queue, self.captured = number, deque(), None
+        self.number, self.queue, self.captured, self.spoilt = number, deque(), None, False
 
     def __int__(self):
         return self.number
@@ -42,11 +42,15 @@ class Event:
 
 
 class Graph:
+    count = 0
+
     def __init__(self, work):
         self.work = tuple(work)
+        Graph.count += 1
+        self.number = Graph.count
 
     def __int__(self):
-        return id(self)
+        return self.number
 
 
 def _do(work):
@@ -58,6 +62,7 @@ class SimulatedCuda:
     """A GPU of `capacity` bytes, whose streams take turns as `rng` says."""
 
     cudaError_t = real.cudaError_t  # noqa: N815  (CUDA's own names)
+    cudaMemoryType = real.cudaMemoryType  # noqa: N815
     cudaMemcpyKind = real.cudaMemcpyKind  # noqa: N815
     cudaStreamCaptureMode = real.cudaStreamCaptureMode  # noqa: N815
     cudaHostAllocDefault = real.cudaHostAllocDefault  # noqa: N815
@@ -69,6 +74,7 @@ class SimulatedCuda:
         self.rng, self.capacity = rng, capacity
         self.device, self.host = {}, {}
         self.streams = [Stream(0)]
+        self.graphs = set()
         self.haste, self.order = rng.choice([0.1, 1, 10]), []
         self.turn = threading.RLock()  # several threads may call
 
@@ -82,6 +88,7 @@ class SimulatedCuda:
         return *OK, self._allocate(self.device, size)
 
     def cudaFree(self, address):  # noqa: N802
+        self._not_capturing()
         assert not any(stream.queue for stream in self.streams), "freed while there is work to do"
         del self.device[address]
         return OK
@@ -90,6 +97,7 @@ class SimulatedCuda:
         return *OK, self._allocate(self.host, size)
 
     def cudaFreeHost(self, address):  # noqa: N802
+        self._not_capturing()
         del self.host[address]
         return OK
 
@@ -98,10 +106,15 @@ class SimulatedCuda:
 
     @staticmethod
     def _allocate(memory, size):
-        block = (ctypes.c_uint8 * size)()
-        ctypes.memset(block, 0xFF, size)  # NaN as floats, -1 as integers
+        """Memory aligned to 256 bytes, which holds NaN as floats and -1 as integers."""
+        around = (ctypes.c_uint8 * (size + 256))()
+        block = (ctypes.c_uint8 * size).from_buffer(around, -ctypes.addressof(around) % 256)
+        ctypes.memset(block, 0xFF, size)
         memory[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
+
+    def _not_capturing(self):
+        assert not any(stream.captured is not None for stream in self.streams), "not while a stream is captured"
 
     def bytes_at(self, address, size, memory):
         """uint8 [size] of live memory."""
@@ -110,8 +123,11 @@ class SimulatedCuda:
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
 
     def cudaMemcpyAsync(self, to, source, size, kind, stream):  # noqa: N802
-        to_host = kind == real.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        sides = (self.host, self.device) if to_host else (self.device, self.host)
+        sides = {
+            real.cudaMemcpyKind.cudaMemcpyDeviceToHost: (self.host, self.device),
+            real.cudaMemcpyKind.cudaMemcpyHostToDevice: (self.device, self.host),
+            real.cudaMemcpyKind.cudaMemcpyDeviceToDevice: (self.device, self.device),
+        }[kind]
 
         def copy():
             self.bytes_at(to, size, sides[0])[:] = self.bytes_at(source, size, sides[1])
@@ -122,7 +138,7 @@ class SimulatedCuda:
 
     def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
         assert flags == real.cudaStreamNonBlocking
-        self.streams.append(Stream(len(self.streams) * 16))
+        self.streams.append(Stream(max(map(int, self.streams)) + 16))
         return *OK, self.streams[-1]
 
     def cudaEventCreateWithFlags(self, flags):  # noqa: N802
@@ -138,21 +154,33 @@ class SimulatedCuda:
         return self.give(stream, complete)
 
     def cudaStreamWaitEvent(self, stream, event, flags):  # noqa: N802
+        assert not self.is_capturing(stream), "a captured stream would depend on work that is not captured"
         ticket = event.recorded
         self._of(stream).queue.append(lambda: event.completed >= ticket)  # stays in front until it is so
         return OK
 
     def cudaEventSynchronize(self, event):  # noqa: N802
+        self._not_capturing()
         ticket = event.recorded
         while event.completed < ticket:
             with self.turn:
                 assert event.completed >= ticket or self._step(), "nobody will ever complete this event"
         return OK
 
-    def cudaDeviceSynchronize(self):  # noqa: N802
+    def cudaStreamSynchronize(self, stream):  # noqa: N802
+        self._not_capturing()
         with self.turn:
-            while any(stream.queue for stream in self.streams):
+            while self._of(stream).queue:
                 assert self._step(), "streams wait for each other"
+        return OK
+
+    def cudaStreamDestroy(self, stream):  # noqa: N802
+        assert not stream.queue
+        self.streams.remove(stream)
+        return OK
+
+    def cudaEventDestroy(self, event):  # noqa: N802
+        assert event.completed == event.recorded
         return OK
 
     def _of(self, stream):
@@ -192,23 +220,34 @@ class SimulatedCuda:
     # Graphs
 
     def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
-        self._of(stream).captured = []
+        self._of(stream).captured, self._of(stream).spoilt = [], False
         return OK
+
+    def spoil_capture(self, stream):
+        self._of(stream).spoilt = True
 
     def cudaStreamEndCapture(self, stream):  # noqa: N802
         graph, self._of(stream).captured = self._of(stream).captured, None
-        return *OK, Graph(graph)
+        if self._of(stream).spoilt:
+            return real.cudaError_t.cudaErrorStreamCaptureInvalidated, None
+        self.graphs.add(Graph(graph))
+        return *OK, max(self.graphs, key=lambda graph: graph.number)
 
     def cudaGraphInstantiate(self, graph, flags):  # noqa: N802
-        return *OK, graph
+        executable = Graph(graph.work)
+        self.graphs.add(executable)
+        return *OK, executable
 
     def cudaGraphDestroy(self, graph):  # noqa: N802
+        self.graphs.remove(graph)
         return OK
 
     def cudaGraphExecDestroy(self, graph):  # noqa: N802
+        self.graphs.remove(graph)
         return OK
 
     def cudaGraphLaunch(self, graph, stream):  # noqa: N802
+        assert graph in self.graphs, "a graph that was destroyed"
         return self.give(stream, *graph.work)
 
     # What is here
@@ -219,6 +258,11 @@ class SimulatedCuda:
     def cudaSetDevice(self, device):  # noqa: N802
         assert device == 0
         return OK
+
+    def cudaPointerGetAttributes(self, address):  # noqa: N802
+        inside = any(start <= address < start + len(block) for start, block in self.device.items())
+        kind = self.cudaMemoryType.cudaMemoryTypeDevice if inside else self.cudaMemoryType.cudaMemoryTypeUnregistered
+        return *OK, SimpleNamespace(type=kind, device=0)
 
     def cudaDriverGetVersion(self):  # noqa: N802
         return *OK, 13010
@@ -248,6 +292,9 @@ class SimulatedTensorRT:
     class ExecutionContextAllocationStrategy(enum.Enum):
         STATIC, USER_MANAGED = range(2)
 
+    class TensorLocation(enum.Enum):
+        DEVICE, HOST = range(2)
+
     def __init__(self, cuda, capturable=True):
         self.cuda, self.capturable = cuda, capturable
 
@@ -267,6 +314,14 @@ class SimulatedEngine:
         self.trt, self.logger, self.shapes, self.output = trt, logger, plan["shapes"], plan["output"]
         self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
         self.num_optimization_profiles = len(next(iter(self.shapes.values())))
+        self.num_io_tensors = len(self.shapes) + 1
+
+    def get_tensor_name(self, index):
+        return (*self.shapes, self.output)[index]
+
+    def get_tensor_location(self, name):
+        assert name in (*self.shapes, self.output)
+        return self.trt.TensorLocation.DEVICE
 
     def get_tensor_profile_shape(self, name, profile):
         return self.shapes[name][profile]
@@ -284,6 +339,7 @@ class SimulatedContext:
     def __init__(self, engine):
         self.engine, self.cuda = engine, engine.trt.cuda
         self.profile, self.given, self.addresses, self.memory, self.ran = None, {}, {}, (0, 0), None
+        self.laid_out = None  # the shapes that working memory was last divided for
 
     def _refuse(self, reason):
         self.engine.logger.log(self.engine.trt.ILogger.Severity.ERROR, reason)
@@ -301,52 +357,64 @@ class SimulatedContext:
         return True
 
     def set_tensor_address(self, name, address):
+        if address % 256:
+            return self._refuse(f"the address of {name} is not aligned")
         self.addresses[name] = address
         return True
 
     def set_device_memory(self, address, size):
+        needed = self._needed(self.laid_out) if self.laid_out else self._needed_at_most()
+        if size < needed:
+            self._refuse("The provided memory size is too small")  # and nothing is returned
+            return
         self.memory = (address, size)
 
     def update_device_memory_size_for_shapes(self):
         assert self.given.keys() == self.engine.shapes.keys()
-        return 64 * int(np.prod(next(iter(self.given.values()))))
+        self.laid_out = dict(self.given)
+        return self._needed(self.given)
+
+    @staticmethod
+    def _needed(shapes):
+        return 64 * int(np.prod(next(iter(shapes.values()))))
+
+    def _needed_at_most(self):
+        return self._needed({name: shapes[self.profile][2] for name, shapes in self.engine.shapes.items()})
 
     def execute_async_v3(self, stream):
-        if self.memory[1] < self.update_device_memory_size_for_shapes():
+        assert self.laid_out == self.given, "working memory is divided for other shapes"
+        if self.memory[1] < self._needed(self.given):
             return self._refuse("the memory is too small for these shapes")
         if self.cuda.is_capturing(stream) and (self.ran != self.given or not self.engine.trt.capturable):
+            self.cuda.spoil_capture(stream)
             return self._refuse("operation not permitted when stream is capturing")
         self.ran = dict(self.given)
-        addresses, shapes, (memory, size), alive = (
-            dict(self.addresses),
-            dict(self.given),
-            self.memory,
-            weakref.ref(self),
-        )
-        assert addresses.keys() == {*shapes, self.engine.output}
+        addresses, shapes, (memory, size) = dict(self.addresses), dict(self.given), self.memory
+        cuda, session, output = self.cuda, self.engine.session, self.engine.output  # and not self, which may go
+        alive = weakref.ref(self)
+        assert addresses.keys() == {*shapes, output}
         mark = np.frombuffer(np.random.default_rng(id(self)).bytes(8), np.uint8)
 
-        def begin():
+        def working_memory():
             assert alive() is not None, "a context was destroyed before its work was done"
-            self_memory()[:8] = mark
+            return cuda.bytes_at(memory, size, cuda.device)
 
-        def self_memory():
-            return self.cuda.bytes_at(memory, size, self.cuda.device)
+        def begin():
+            working_memory()[:8] = mark
 
         def end():
-            assert (self_memory()[:8] == mark).all(), "two runs share their working memory"
-            inputs = {name: self._tensor(addresses[name], name, shape) for name, shape in shapes.items()}
-            (found,) = self.engine.session.run([self.engine.output], inputs)
-            self.cuda.bytes_at(addresses[self.engine.output], found.nbytes, self.cuda.device).view(np.float32)[:] = (
-                found.ravel()
-            )
+            assert (working_memory()[:8] == mark).all(), "two runs share their working memory"
+            inputs = {name: _tensor(cuda, addresses[name], name, shape) for name, shape in shapes.items()}
+            (found,) = session.run([output], inputs)
+            cuda.bytes_at(addresses[output], found.nbytes, cuda.device).view(np.float32)[:] = found.ravel()
 
         self.cuda.give(stream, begin, end)
         return True
 
-    def _tensor(self, address, name, shape):
-        dtype = np.int64 if name == "num_tokens" else np.float32
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        values = self.cuda.bytes_at(address, size, self.cuda.device).view(dtype).reshape(shape)
-        assert np.isfinite(values).all(), f"{name} was read before it was written"
-        return values.copy()
+
+def _tensor(cuda, address, name, shape):
+    dtype = np.int64 if name == "num_tokens" else np.float32
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    values = cuda.bytes_at(address, size, cuda.device).view(dtype).reshape(shape)
+    assert np.isfinite(values).all(), f"{name} was read before it was written"
+    return values.copy()

@@ -3,6 +3,7 @@
 Most tests run twice: on what stands for a GPU (see simulated_gpu), and on a real one where there is one (`-m gpu`).
 """
 
+import copy
 import gc
 import json
 import shutil
@@ -19,6 +20,7 @@ from conftest import RECORDINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
+from torch_engines import TorchTensorRT
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.engines import ENGINES_FOLDER, Engine, Plan, engine_key, load_library, machine_parts, read_engine
@@ -122,7 +124,7 @@ class Real:
 
     tolerance = 0.02
 
-    def __init__(self, bundle):
+    def __init__(self, bundle, model):
         self.bundle = bundle
         self.engine, _ = compile_bundle(bundle, choose_flavour("auto"), Settings(PROFILES))
 
@@ -152,13 +154,33 @@ class Real:
             getattr(lent, "tensor", lent).fill_(float("nan"))
 
 
-@pytest.fixture(scope="module", params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
-def gpu(request, half_bundle, tmp_path_factory):
+class RealTorch(Real):
+    """A machine with a GPU, on which PyTorch does what the engines would."""
+
+    tolerance = 1e-3
+
+    def __init__(self, bundle, model):
+        self.bundle, self.model = bundle, copy.deepcopy(model).cuda()
+        torch.backends.cudnn.allow_tf32 = False
+
+    def open(self, seed=0, capacity=None, **options):
+        self.cuda = Watched(load_cuda(), capacity)
+        plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
+        return TensorRTBackend(plans, TorchTensorRT(self.model), CudaDevice(self.cuda), **options)
+
+
+REAL = {"torch": RealTorch, "tensorrt": Real}
+
+
+@pytest.fixture(scope="module", params=["simulated", *(pytest.param(name, marks=pytest.mark.gpu) for name in REAL)])
+def gpu(request, half_bundle, tiny_model, tmp_path_factory):
     if request.param == "simulated":
         return Simulated(half_bundle)
-    if not support().runs:
+    if request.param == "torch" and not torch.cuda.is_available():
+        pytest.skip("no GPU that PyTorch sees")
+    if request.param == "tensorrt" and not support().runs:
         pytest.skip(f"no GPU with TensorRT: {support().detail}")
-    return Real(shutil.copytree(half_bundle, tmp_path_factory.mktemp("real") / "b"))
+    return REAL[request.param](shutil.copytree(half_bundle, tmp_path_factory.mktemp("real") / "b"), tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +298,33 @@ def test_growing_memory_drops_the_graphs_of_before(simulated):
     assert simulated.cuda.calls["cudaGraphExecDestroy"] == simulated.cuda.calls["cudaGraphInstantiate"] == 9
 
 
-def test_what_cannot_be_captured_runs_as_it_is(simulated, reference):
+def test_more_shapes_than_graphs_are_not_captured_over_and_over(simulated):
+    """Each would push out the one that is needed next."""
+    backend = simulated.open(graphs_kept=6)
+    shapes = [noise(np.random.default_rng(0), [n]) for n in (60_000, 50_000, 40_000, 30_000)]
+    for _ in range(12):
+        for shape in shapes:
+            backend.scores(*shape)
+    assert simulated.cuda.calls["cudaGraphExecDestroy"] == 0
+    assert simulated.cuda.calls["cudaGraphInstantiate"] == 6 * 3
+    assert simulated.cuda.calls["cudaGraphLaunch"] == 6 * 3 * 2  # a shape comes to a slot four times
+
+
+def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog):
     backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
     batch = noise(np.random.default_rng(0), [9_000])
     for _ in range(9):
         np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
     assert simulated.cuda.calls["cudaGraphLaunch"] == 0
-    assert simulated.cuda.calls["cudaStreamBeginCapture"] == 3  # once a graph
+    assert simulated.cuda.calls["cudaStreamBeginCapture"] == 9  # three times a graph, and then no more
+    for _ in range(9):
+        backend.scores(*batch)
+    assert simulated.cuda.calls["cudaStreamBeginCapture"] == 9
+    assert [r.getMessage() for r in caplog.records if r.name == "aesanet"] == [
+        f"the {name} runs without CUDA graphs: tensorrt refused the {name}'s run: operation not permitted when stream "
+        "is capturing"
+        for name in GRAPH_NAMES
+    ]
 
 
 def test_a_full_memory_halves_the_batch_and_is_told_once(gpu, reference, caplog):
@@ -330,7 +372,7 @@ def test_tensorrts_own_reason_is_told_and_the_next_batch_is_scored(simulated, re
     backend = simulated.open()
     first, second = noise(np.random.default_rng(0), [9_000]), noise(np.random.default_rng(1), [9_000])
     waiting = backend.submit(*first)
-    context = backend._head._context(0)
+    context = backend._head._context(0).trt
     monkeypatch.setattr(context, "execute_async_v3", lambda stream: context._refuse(reason))
     with pytest.raises(error, match=reason):
         backend.scores(*second)
@@ -384,6 +426,26 @@ def test_a_large_array_on_the_gpu_is_taken_in_pieces(gpu, reference):
     stream = gpu.stream()
     scores = backend.submit(gpu.lend(waveform, stream, dlpack=False), num_samples, stream)()
     np.testing.assert_allclose(scores, reference(waveform, num_samples), atol=gpu.tolerance)
+
+
+def test_arrays_on_the_gpu_of_any_alignment_are_read_in_their_streams_order(gpu, reference):
+    """In pieces of 20 rows of 9,001 samples, all but the first of which TensorRT would not take where they are."""
+    for number in range(4):
+        backend = gpu.open(number)
+        waveform, num_samples = noise(np.random.default_rng(number), [9_001 - 10 * n for n in range(45)])
+        stream = gpu.stream()
+        lent = gpu.lend(waveform, stream, dlpack=False)
+        pending = backend.submit(lent, num_samples, stream)
+        gpu.spoil(lent, stream)
+        np.testing.assert_allclose(pending(), reference(waveform, num_samples), atol=gpu.tolerance)
+
+
+def test_an_array_that_is_not_on_this_gpu_is_refused(simulated):
+    backend = simulated.open()
+    host = np.zeros((1, 9_000), np.float32)
+    interface = {"shape": host.shape, "typestr": "<f4", "data": (host.ctypes.data, False), "strides": None}
+    with pytest.raises(ValueError, match="the engine is on GPU 0"):
+        backend.submit(SimpleNamespace(__cuda_array_interface__=interface), np.array([9_000]))
 
 
 @pytest.mark.parametrize(

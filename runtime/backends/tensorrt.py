@@ -30,6 +30,8 @@ from aesanet.runtime.stage import Run, Shapes, Stage
 
 _SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
 _GRAPHS_KEPT: Final = 32
+_ALIGNMENT: Final = 256  # bytes, that TensorRT asks of every address
+_CAPTURED_SAMPLES: Final = 160 * SAMPLE_RATE  # of a batch: with more audio, giving layers takes less than running them
 _FLOAT32: Final = 4
 _INT64: Final = 8
 
@@ -67,9 +69,10 @@ class TensorRTBackend(Backend):
         self.profiles = _profiles(self._frontend.engine)
         self._most = {profile.index: profile.max_batch for profile in self.profiles}
         self._blocks = Blocks(device)
-        weakref.finalize(self, _close, device, self._stages, self._blocks)
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
         self._slots = [_Slot(number, *(device.event() for _ in range(4))) for number in range(_SLOTS)]
+        streams_used = (self._copying, self._encoding, self._scoring)
+        weakref.finalize(self, _close, device, streams_used, tuple(self._slots), self._stages, self._blocks)
         self._turn = 0
         self._lock = RLock()
 
@@ -90,29 +93,28 @@ class TensorRTBackend(Backend):
 
         Raises BackendError, or DeviceMemoryError where not even one clip fits into the GPU's memory.
         """
-        with self._lock:
-            self._device.use()
+        with self._lock, self._device.current():
             batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
             profile = choose_profile(self.profiles, batch.samples)
             parts: list[_Part] = []
-            while len(batch.num_samples):
-                most = self._most[profile.index]
-                try:
-                    parts.append(self._launch(profile, batch.first(most)))
-                except DeviceMemoryError as error:
-                    self._halve(profile, min(most, len(batch.num_samples)), error)
-                    continue
-                except BackendError:
-                    with suppress(BackendError):  # which may be the same once more
-                        self._drain()
-                    raise
-                batch = batch.after(most)
+            try:
+                while len(batch.num_samples):
+                    most = self._most[profile.index]
+                    part = self._launch_or_shrink(profile, batch.first(most))
+                    if part is not None:
+                        parts.append(part)
+                        batch = batch.after(most)
+            except BaseException:
+                with suppress(BackendError):  # which may be the same once more
+                    self._drain()
+                raise
         return lambda: np.concatenate([self._wait(part) for part in parts])
 
     def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> "_Batch":
         array: np.ndarray | DeviceArray
         if on_device(waveform):
             array = device_array(waveform, int(self._encoding))
+            self._device.check_here(array.address)
             stream = array.stream if stream is None else stream_handle(stream)
         else:
             array = np.asarray(waveform, np.float32)
@@ -127,6 +129,19 @@ class TensorRTBackend(Backend):
                 f"each must be from {MIN_SAMPLES} to the waveform's"
             )
         return _Batch(array, num_samples, stream)
+
+    def _launch_or_shrink(self, profile: Profile, batch: "_Batch") -> "_Part | None":
+        """Launch a batch; where memory is full, first give all of ours back, then take half as many clips."""
+        try:
+            return self._launch(profile, batch)
+        except DeviceMemoryError:
+            self._drain()
+            self._blocks.clear()
+        try:
+            return self._launch(profile, batch)
+        except DeviceMemoryError as error:
+            self._halve(profile, len(batch.num_samples), error)
+            return None
 
     def _launch(self, profile: Profile, batch: "_Batch") -> "_Part":
         """Give one batch to the streams; the scores of the one whose slot it takes are brought to safety first."""
@@ -144,9 +159,7 @@ class TensorRTBackend(Backend):
         counted = slot.host("num_tokens", np.int64, (rows,), self._device)
         counted[:count], counted[count:] = num_tokens(batch.num_samples), TOKENS_PER_PATCH
         self._device.copy_in(tokens, counted, self._copying)
-        if isinstance(batch.waveform, DeviceArray):
-            waveform = batch.waveform.address
-        else:
+        if not isinstance(batch.waveform, DeviceArray):
             staged = slot.host("waveform", np.float32, (rows, samples), self._device)
             staged[:count, : batch.samples] = batch.waveform
             staged[:count, batch.samples :] = staged[count:] = 0
@@ -157,19 +170,27 @@ class TensorRTBackend(Backend):
             self._device.record(slot.consumed, batch.stream)
             self._device.wait(self._encoding, slot.consumed)
         self._device.wait(self._encoding, slot.copied)
+        if isinstance(batch.waveform, DeviceArray):
+            if batch.waveform.address % _ALIGNMENT == 0:
+                waveform = batch.waveform.address
+            else:
+                self._device.copy(waveform, batch.waveform.address, rows * samples * _FLOAT32, self._encoding)
+        capture = rows * samples <= _CAPTURED_SAMPLES
         shapes = self._shapes(rows, samples)
         fbank = ("fbank", blocks["fbank"])
         counts, encoded = ("num_tokens", tokens), ("features", features)
-        self._frontend.run(Run(profile.index, shapes["frontend"], (("waveform", waveform), fbank), memory))
+        self._frontend.run(Run(profile.index, shapes["frontend"], (("waveform", waveform), fbank), memory), capture)
         if batch.stream is not None:
             self._device.record(slot.consumed, self._encoding)
             self._device.wait(batch.stream, slot.consumed)
-        self._encoder.run(Run(profile.index, shapes["encoder"], (fbank, counts, encoded), memory))
+        self._encoder.run(Run(profile.index, shapes["encoder"], (fbank, counts, encoded), memory), capture)
         self._device.record(slot.encoded, self._encoding)
 
         self._device.wait(self._scoring, slot.encoded)
         memory = (blocks["head's layers"], blocks.size("head's layers"))
-        self._head.run(Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory))
+        self._head.run(
+            Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory), capture
+        )
         found = slot.host("scores", np.float32, (rows, len(AXES)), self._device)
         self._device.copy_out(found, blocks["scores"], self._scoring)
         self._device.record(slot.done, self._scoring)
@@ -226,7 +247,8 @@ class TensorRTBackend(Backend):
 
     def _drain(self) -> None:
         """Wait for all work, take the scores, and forget what was bound to addresses."""
-        self._device.synchronize_all()
+        for stream in (self._copying, self._encoding, self._scoring):
+            self._device.synchronize_stream(stream)
         for slot in self._slots:
             self._finish(slot)
         for stage in self._stages:
@@ -234,11 +256,11 @@ class TensorRTBackend(Backend):
 
     def _wait(self, part: "_Part") -> np.ndarray:
         if part.scores is None:
-            self._device.use()
-            self._device.synchronize(part.slot.done)  # without the lock, so that others can submit meanwhile
-            with self._lock:
-                if part.slot.part is part:
-                    self._finish(part.slot)
+            with self._device.current():
+                self._device.synchronize(part.slot.done)  # without the lock, so that others can submit meanwhile
+                with self._lock:
+                    if part.slot.part is part:
+                        self._finish(part.slot)
         assert part.scores is not None
         return part.scores
 
@@ -279,6 +301,11 @@ class _Slot:
     encoded: Any
     done: Any
     part: "_Part | None" = None
+
+    @property
+    def events(self) -> tuple[Any, ...]:
+        return (self.copied, self.consumed, self.encoded, self.done)
+
     _pinned: dict[str, np.ndarray] = field(default_factory=dict)
 
     def host(self, name: str, dtype: type, shape: tuple[int, ...], device: CudaDevice) -> np.ndarray:
@@ -299,11 +326,20 @@ class _Part:
     scores: np.ndarray | None = None
 
 
-def _close(device: CudaDevice, stages: tuple[Stage, ...], blocks: Blocks) -> None:
-    device.synchronize_all()
-    for stage in stages:
-        stage.forget_graphs()
-    blocks.clear()
+def _close(
+    device: CudaDevice, streams: tuple[Any, ...], slots: tuple["_Slot", ...], stages: tuple[Stage, ...], blocks: Blocks
+) -> None:
+    """Give back all that a backend held, as far as it can be."""
+    with suppress(BackendError), device.current():
+        for stream in streams:
+            device.synchronize_stream(stream)
+        for stage in stages:
+            stage.forget_graphs()
+        blocks.clear()
+        for event in (event for slot in slots for event in slot.events):
+            device.destroy_event(event)
+        for stream in streams:
+            device.destroy_stream(stream)
 
 
 def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> TensorRTBackend:
@@ -320,11 +356,18 @@ def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, thre
             folder = files.folder / ENGINES_FOLDER / key
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
             backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
-            choose_profile(backend.profiles, files.manifest.window.window_samples)
+            _try(backend, files.manifest.window.window_samples)
             return backend
         except (BackendError, BundleError) as error:
             refused.append(f"engine {key[:8]}: {error}")
     raise BackendError(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
+
+
+def _try(backend: TensorRTBackend, window_samples: int) -> None:
+    """Score a window of silence: what cannot run shows now and not after hours; what is compiled late is, too."""
+    scores = backend.scores(np.zeros((1, window_samples), np.float32), np.array([window_samples]))
+    if not np.isfinite(scores).all():
+        raise BackendError(f"silence scores {scores[0].tolist()}")
 
 
 def support() -> Support:
