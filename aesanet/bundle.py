@@ -114,16 +114,20 @@ class AxisParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `aesanet verify` found of one engine: each window alone against PyTorch in FP32, and against itself.
 
-    `reference_rounding` is what FP32 in PyTorch's own front end moves scores by, and widens the limit of a window (see
-    docs/verify.md); `batch_max_abs` is a window among others against the same alone; `repeat_max_abs` the same twice.
-    `failures` are empty where it passed.
+    `graphs` are the sha256 of what it was found of, and `engine` has its version: of anything else it says nothing.
+    `reference_rounding` is what FP32 in a front end moves PyTorch's own scores by, at most, and widens the limit of a
+    window (see docs/verify.md); `worst_of_limit` is the largest difference as a share of its window's limit;
+    `batch_max_abs` is a window among others against the same alone; `repeat_max_abs` the same twice. `failures` are
+    empty where it passed.
     """
 
     engine: str
+    graphs: dict[GraphName, str]
     windows: int
     seconds: float
     axes: dict[str, AxisParity]
     reference_rounding: float
+    worst_of_limit: float | None
     batch_max_abs: float | None
     repeat_max_abs: float | None
     limit: float
@@ -161,6 +165,12 @@ def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tup
     if graph == "encoder":
         return (fbank, tokens), (features,)
     return (features, tokens), (TensorSpec("scores", "float32", ("batch", len(AXES))),)
+
+
+def graphs_used(manifest: Manifest, precision: str) -> dict[GraphName, str]:
+    """The sha256 of the graphs that an engine of a precision is made from."""
+    half = manifest.half.graphs if manifest.half and precision == "fp16" else {}
+    return {name: half.get(name, spec).sha256 for name, spec in manifest.graphs.items()}
 
 
 def read_manifest(bundle: str | Path) -> Manifest:

@@ -7,6 +7,7 @@ key that left out a part would one day give a plan for another GPU or version.
 import hashlib
 import importlib
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -67,6 +68,12 @@ def load_library(flavour: Flavour) -> Any:
         ) from None
 
 
+def known_capabilities(trt: Any) -> dict[str, Any]:
+    """Compute capabilities that the library can build for without such a GPU: "8.9" and its own name for it."""
+    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
+
+
 def machine_parts(flavour: Flavour, trt: Any, capabilities: tuple[str, ...], gpu: Gpu | None) -> dict[str, str]:
     """The parts of a key that are of the machine and its library; `gpu` is the one that TensorRT builds for."""
     if flavour == "tensorrt":
@@ -78,6 +85,12 @@ def machine_parts(flavour: Flavour, trt: Any, capabilities: tuple[str, ...], gpu
         "platform": f"{sys.platform} {platform.machine()}",
         "GPU": where,
     }
+
+
+def runs_on(trt: Any, gpu: Gpu) -> bool:
+    """Whether a library has kernels for a GPU: RTX leaves some out, and says which it knows; TensorRT takes all."""
+    known = [float(capability) for capability in known_capabilities(trt)]
+    return not known or float(gpu.capability) in known or float(gpu.capability) > max(known)
 
 
 def misfits(engine: Engine, trt: Any, gpu: Gpu) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from aesanet.errors import BackendError
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
@@ -42,11 +43,12 @@ COLUMNS = (
     " milliseconds_median milliseconds_min x_real_time x_pytorch scores_spread scores_max_abs_difference"
 ).split()
 CLIP_SECONDS = 10.0
-EAGER = "pytorch eager cpu fp32"
 
 
-def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, threads: int) -> list[dict[str, object]]:
-    """One row an engine and batch size, timed from waveforms in memory to scores.
+def measure(
+    checkpoint: Path, batches: list[int], passes: int, rounds: int, threads: int, device: Device
+) -> list[dict[str, object]]:
+    """One row an engine of a device and batch size, timed from waveforms in memory to scores.
 
     The engines take turns, `passes` times, each alone in the process: the waiting threads of one slow down another.
     """
@@ -56,14 +58,18 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
     scores: dict[tuple[str, int], np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder, "bundle")
-        on_gpu = torch.cuda.is_available()
+        on_gpu = device == "cuda"
         recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()] if on_gpu else []
         export_bundle(checkpoint, bundle, half_on=recordings)
-        if tensorrt.support().runs:
+        if on_gpu and tensorrt.support().runs:
             compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
         for _ in range(passes):
-            for open_engine in _openers(model, bundle, threads):
-                name, engine = open_engine()
+            for open_engine in _openers(model, bundle, threads, device):
+                try:
+                    name, engine = open_engine()
+                except BackendError as error:
+                    print(f"left out: {error}")
+                    continue
                 for batch in batches:
                     waveform, num_samples = _clips(batch)
                     scores[name, batch] = engine(waveform, num_samples)  # warms up too
@@ -81,28 +87,34 @@ def measure(checkpoint: Path, batches: list[int], passes: int, rounds: int, thre
         "torch": version("torch"),
         "weights": model.config.weights,
     }
-    return [where | _row(name, batch, times, seconds[EAGER, batch], scores) for (name, batch), times in seconds.items()]
+    return [
+        where | _row(name, batch, times, seconds[_eager(device), batch], scores, _eager(device))
+        for (name, batch), times in seconds.items()
+    ]
 
 
 Engine = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _openers(model: AESANet, bundle: Path, threads: int) -> Iterator[Callable[[], tuple[str, Engine]]]:
-    """PyTorch as people run it today, then every engine that this machine has."""
-    yield partial(_pytorch, model, "cpu", torch.float32, compiled=False)
-    if torch.cuda.is_available():
-        for dtype, compiled in ((torch.float32, False), (torch.float16, False), (torch.float16, True)):
-            yield partial(_pytorch, model, "cuda", dtype, compiled)
-    else:
-        yield partial(_pytorch, model, "cpu", torch.bfloat16, compiled=False)
+def _openers(model: AESANet, bundle: Path, threads: int, device: Device) -> Iterator[Callable[[], tuple[str, Engine]]]:
+    """PyTorch as people run it today, then every engine that this machine has for the device."""
+    half = torch.float16 if device == "cuda" else torch.bfloat16
+    yield partial(_pytorch, model, device, torch.float32, compiled=False)
+    yield partial(_pytorch, model, device, half, compiled=False)
+    if device == "cuda":
+        yield partial(_pytorch, model, device, half, compiled=True)
 
-    def opened(name: BackendName, device: Device, precision: Precision) -> tuple[str, Engine]:
+    def opened(name: BackendName, precision: Precision) -> tuple[str, Engine]:
         backend = Scorer.open(bundle, device, backend=name, precision=precision, threads=threads).backend
         return backend.name, backend.scores
 
     for name, support in supported_backends().items():
-        runs = [run for run in support.runs if run[1] != "fp16" or torch.cuda.is_available()]
-        yield from (partial(opened, name, device, precision) for device, precision in runs)
+        yield from (partial(opened, name, precision) for on, precision in support.runs if on == device)
+
+
+def _eager(device: Device) -> str:
+    """What all others are held against."""
+    return f"pytorch eager {device} fp32"
 
 
 def _pytorch(model: AESANet, device: Device, dtype: torch.dtype, compiled: bool) -> tuple[str, Engine]:
@@ -134,7 +146,12 @@ def _clips(batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _row(
-    name: str, batch: int, times: list[float], eager_times: list[float], scores: dict[tuple[str, int], np.ndarray]
+    name: str,
+    batch: int,
+    times: list[float],
+    eager_times: list[float],
+    scores: dict[tuple[str, int], np.ndarray],
+    eager: str,
 ) -> dict[str, object]:
     median = statistics.median(times)
     return {
@@ -147,8 +164,8 @@ def _row(
         "x_real_time": round(batch * CLIP_SECONDS / median, 2),
         "x_pytorch": round(statistics.median(eager_times) / median, 3),
         # Over the clips of the batch, on the axis where it is least: what the difference is to be held against.
-        "scores_spread": f"{np.ptp(scores[EAGER, batch], axis=0).min():.2e}" if batch > 1 else "",
-        "scores_max_abs_difference": f"{np.abs(scores[name, batch] - scores[EAGER, batch]).max():.2e}",
+        "scores_spread": f"{np.ptp(scores[eager, batch], axis=0).min():.2e}" if batch > 1 else "",
+        "scores_max_abs_difference": f"{np.abs(scores[name, batch] - scores[eager, batch]).max():.2e}",
     }
 
 
@@ -161,13 +178,16 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint
         if checkpoint is None:
             checkpoint = Path(folder, "untrained-base.safetensors")
             save_checkpoint(untrained_model(AESANetConfig(), seed=0), checkpoint)
-        rows = measure(checkpoint, arguments.batches, arguments.passes, arguments.rounds, arguments.threads)
+        rows = measure(
+            checkpoint, arguments.batches, arguments.passes, arguments.rounds, arguments.threads, arguments.device
+        )
     with open(arguments.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -98,8 +98,11 @@ def _compared(
 ) -> Layers:
     errors = {}
     for name, (found, expected) in pairs.items():
-        error = relative_error(found.astype(np.float64), expected.astype(np.float64)) if expected.any() else 0.0
+        found, expected = found.astype(np.float64), expected.astype(np.float64)
+        error = relative_error(found, expected) if expected.any() else float(np.abs(found).max(initial=0.0))
         errors[name] = error if np.isfinite(error) else np.inf
+    if not errors:
+        return Layers(graph, precision, 0, None, ("no layer, as the graph does not name them", 0.0))
     first = next(((name, error) for name, error in errors.items() if error > LIMITS[precision]), None)
     return Layers(graph, precision, len(errors), first, max(errors.items(), key=lambda item: item[1]))
 

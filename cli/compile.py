@@ -45,6 +45,19 @@ def profiles_of(
         raise click.UsageError(f"--profiles: {error}") from None
 
 
+def _warn_of_this_gpu() -> None:
+    """Say so where the engine will not run on the GPU that is here."""
+    from aesanet.engines import load_library, runs_on
+    from aesanet.machine import cuda_gpu, load_cuda
+
+    try:
+        gpu = cuda_gpu(load_cuda())
+    except BackendError:
+        return
+    if not runs_on(load_library("rtx"), gpu):
+        note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
+
+
 def _memory_mib() -> int | None:
     """Of the GPU that is here; without one, None."""
     from aesanet.machine import cuda_gpu, load_cuda
@@ -100,6 +113,8 @@ def compile(
     library, capabilities = asked_for(flavour, capability)
     memory_mib = None if capabilities else _memory_mib()
     chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds, memory_mib)
+    if library == "rtx" and not capabilities:
+        _warn_of_this_gpu()
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)
     engine, built = compile_bundle(bundle, library, settings, progress=note)
     click.echo(f"{bundle}/engines/{engine.key}: {'built' if built else 'was there'}")

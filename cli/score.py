@@ -126,10 +126,14 @@ def score(
 
 def _checked(scorer: "Scorer") -> str | None:
     """What is to be said of how this engine's scores compare with the checkpoint's."""
+    from aesanet.bundle import graphs_used
+
     kind = scorer.backend.kind
     found = scorer.manifest.verified.get(kind)
-    if found is None:
+    if found is None or found.graphs != graphs_used(scorer.manifest, scorer.backend.precision):
         return f"this bundle was never verified on {kind}: `aesanet verify` does"
+    if not found.failures and found.engine != scorer.backend.name:
+        return f"this bundle was verified on {found.engine}, and this is {scorer.backend.name}: `aesanet verify` does"
     if found.failures:
         return f"on {kind} this bundle FAILED `aesanet verify`: {found.failures[0]}"
     return None

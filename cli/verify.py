@@ -1,5 +1,6 @@
 """`aesanet verify`: are a bundle's scores the checkpoint's?"""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,13 @@ from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
 from aesanet.errors import BackendError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
+
+    from aesanet.benchmarks.parity import Reference
     from aesanet.bundle import Manifest
+    from aesanet.models.config import AESANetConfig
     from aesanet.runtime.backends.base import Backend, BundleFiles, Precision
 
 _LAYERS_SECONDS = 4  # that layers are compared on: all tensors of a graph are kept
@@ -58,7 +63,7 @@ def verify(
     Exit status: 0 all passed, 1 some failed, 2 the check could not run.
     """
     with extra("export,cpu"):
-        from aesanet.benchmarks.parity import read_windows, reference_scores
+        from aesanet.benchmarks.parity import not_opened, read_windows, reference_scores
         from aesanet.benchmarks.parity import verify as hold
         from aesanet.models.checkpoint import load_checkpoint
     from aesanet.models import demo
@@ -67,30 +72,40 @@ def verify(
 
     files = open_files(bundle)
     manifest = files.manifest
+    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir() or bundle in html.parents):
+        raise InputError(f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle")
     _check_source(bundle, manifest, checkpoint, beats)
     note(f"loading {checkpoint}")
     model = load_checkpoint(checkpoint, beats)
+    _check_config(bundle, manifest, model.config)
     windows = list(read_windows(read_rows(audio or [str(path) for path in demo.samples()]), manifest.window))
     if not windows:
         raise InputError(f"no audio in {', '.join(audio)} that is long enough to be scored")
     note(f"scoring {len(windows)} windows with PyTorch")
     reference = reference_scores(model, windows)
     found = {}
-    for precision, engine in _engines(files, backend):
-        note(f"scoring them with {engine.name}")
-        found[engine.kind] = result, _ = hold(engine, precision, reference)
-        click.echo(_line(engine.kind, result))
+    for kind, precision, open_engine in _engines(files, backend):
+        try:
+            engine = open_engine()
+        except Exception as error:  # engines raise what they like
+            result, scores = not_opened(kind, manifest, precision, str(error)), None
+        else:
+            note(f"scoring them with {engine.name}")
+            kind = engine.kind
+            result, scores = hold(engine, manifest, reference)
+        found[kind] = (result, scores)
+        click.echo(_line(kind, result))
+        _keep(bundle, {kind: result})
     if not found:
         raise BackendError("no engine here runs this bundle; see `aesanet doctor`")
     lines = []
     if layers:
         with extra("export,cpu"):
             from aesanet.benchmarks.layers import compare_layers
-        seconds = _LAYERS_SECONDS * manifest.sample_rate
-        for compared in compare_layers(model, files, windows[0].samples[:seconds]):
+        samples = windows[_worst(reference, [scores for _, scores in found.values()])].samples
+        for compared in compare_layers(model, files, samples[: _LAYERS_SECONDS * manifest.sample_rate]):
             lines.append(str(compared))
             click.echo(str(compared))
-    _keep(bundle, {name: result for name, (result, _) in found.items()})
     if html is not None:
         from aesanet.benchmarks.parity_page import parity_page
 
@@ -102,11 +117,44 @@ def verify(
         raise SystemExit(EXIT_ROWS_FAILED)
 
 
+def _worst(reference: "Reference", all_scores: "Sequence[np.ndarray | None]") -> int:
+    """The window whose scores are furthest from PyTorch's, as a share of its limit, on any engine."""
+    import numpy as np
+
+    from aesanet.benchmarks.parity import allowed
+
+    shares = [
+        np.nan_to_num(np.abs(scores - reference.scores), nan=np.inf).max(axis=1) / allowed(reference, 1e-4)
+        for scores in all_scores
+        if scores is not None
+    ]
+    return int(np.max(shares, axis=0).argmax()) if shares else 0
+
+
+def _check_config(bundle: Path, manifest: "Manifest", config: "AESANetConfig") -> None:
+    """Raise InputError where the manifest says otherwise than the checkpoint, in what scores depend on."""
+    import msgspec
+
+    head = config.head
+    for field, says, expected in (
+        ("window", manifest.window, config.window),
+        ("weights", manifest.weights, config.weights),
+        ("score_range", tuple(manifest.score_range), tuple(head.score_range)),
+        ("calibration", manifest.calibration, msgspec.to_builtins(head.calibration)),
+    ):
+        if says != expected:
+            raise InputError(
+                f"{bundle}: {field} is {says}, but the checkpoint's is {expected}; export the checkpoint again"
+            )
+
+
 def _check_source(bundle: Path, manifest: "Manifest", checkpoint: Path, beats: Path | None) -> None:
     """Raise InputError where the bundle was made from other files: their scores have no reason to agree."""
     from aesanet.hashing import file_sha256
 
     for path, expected in ((checkpoint, manifest.source.sha256), (beats, manifest.source.beats_sha256)):
+        if path is not None and expected is None:
+            raise InputError(f"{checkpoint}: holds its own BEATs weights, so the BEATs file {path} must be left out")
         if path is not None and path.is_file() and (found := file_sha256(path)) != expected:
             raise InputError(
                 f"{path}: sha256 is {found}, but {bundle} was exported from {manifest.source.checkpoint} "
@@ -114,40 +162,36 @@ def _check_source(bundle: Path, manifest: "Manifest", checkpoint: Path, beats: P
             )
 
 
-def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[Precision, Backend]]":
-    """Every engine and precision that runs here, opened; what cannot be is told, or raises if it was asked for."""
+def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[str, Precision, Callable[[], Backend]]]":
+    """Kind, precision and opener of all that runs here; what this bundle or machine has no means for is told."""
     from aesanet.benchmarks.parity import RoundedHalf
-    from aesanet.runtime.backends import open_backend, supported_backends
+    from aesanet.runtime.backends import lacking, open_exactly, supported_backends
 
     for name, support in supported_backends().items():
         if backend not in ("all", name):
             continue
+        if not support.runs and backend == name:
+            raise BackendError(f"{name}: {support.detail}")
+        if not support.runs and name == "tensorrt" and files.manifest.engines:
+            note(f"the bundle's compiled engines are left out: {support.detail}")
         for device, precision in support.runs:
-            try:
-                engine, _ = open_backend(files, name, device, precision)
-            except BackendError as error:
-                if backend == name == "tensorrt":
-                    raise
-                note(f"{name} {device} {precision} is left out: {error}")
+            kind = f"{name} {device} {precision}"
+            if (reason := lacking(files, name, precision)) is not None:
+                note(f"{kind} is left out: {reason}")
                 continue
-            yield precision, engine
-        if not support.runs:
-            if backend == name:
-                raise BackendError(f"{name}: {support.detail}")
-            if name == "tensorrt" and files.manifest.engines:
-                note(f"the bundle's compiled engines are left out: {support.detail}")
+            yield kind, precision, partial(open_exactly, files, name, device, precision)
         if name == "onnxruntime" and support.runs and files.fp16:
-            yield "fp16", RoundedHalf(files)
+            yield RoundedHalf.kind, RoundedHalf.precision, partial(RoundedHalf, files)
 
 
 def _line(name: str, result: Any) -> str:
     if result.failures:
         return f"{name}: {'; '.join(('FAILED', *result.failures))}"
-    worst = max(parity.max_abs for parity in result.axes.values())
+    largest = max(parity.max_abs for parity in result.axes.values())
     return (
-        f"{name}: passed ({result.windows} windows, {result.seconds:.0f} s: differs by up to {worst:.1e}, "
-        f"among others {result.batch_max_abs:.1e}, again {result.repeat_max_abs:.1e}; limit {result.limit:.0e}, and "
-        f"{result.reference_rounding:.0e} of PyTorch's own rounding)"
+        f"{name}: passed ({result.windows} windows, {result.seconds:.0f} s: differs by up to {largest:.1e}, "
+        f"{result.worst_of_limit:.0%} of what is allowed there; among others {result.batch_max_abs:.1e}, "
+        f"again {result.repeat_max_abs:.1e}; limit {result.limit:.0e} but where FP32 itself is uncertain)"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from aesanet.bundle import GraphSpec
+from aesanet.engines import known_capabilities
 from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
 from aesanet.export.timing import TimingCache
@@ -78,8 +79,9 @@ def build_plan(
     # On by default, and it moves log-mel by up to 5.5.
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     # Both let a batch below a profile's largest run in as little working memory as it needs, and in ours alone.
-    if hasattr(resize := getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10"):
-        config.set_preview_feature(resize.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    resize = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+    if resize is not None:
+        config.set_preview_feature(resize, True)
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.level is not None:
@@ -132,12 +134,6 @@ def layer_types(network: Any) -> list[tuple[str, str, str]]:
     """Name, kind and output type of every layer of a parsed network."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return [(layer.name, layer.type.name, layer.get_output(0).dtype.name) for layer in layers if layer.num_outputs]
-
-
-def known_capabilities(trt: Any) -> dict[str, Any]:
-    """Compute capabilities that the library can build for without such a GPU: "8.9" and its own name for it."""
-    names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
-    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
 
 
 def check_capabilities(trt: Any, capabilities: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ def new_bundle(out: str | Path) -> Iterator[Path]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `bundle.json`, indented for people; an older one is replaced at once."""
-    beside = folder / f".{MANIFEST_NAME}.new"
+    beside = folder / f".{MANIFEST_NAME}.{os.getpid()}"
     beside.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     beside.replace(folder / MANIFEST_NAME)
 

@@ -110,7 +110,8 @@ class Stage:
             self._failures += 1
             if self._failures == _CAPTURE_FAILURES:
                 self._graphs_kept = 0
-                _log.warning("the %s runs without CUDA graphs: %s", self.name, error)
+                # As text: a record that kept the error would keep the engine.
+                _log.warning("the %s runs without CUDA graphs: %s", self.name, str(error))
             return
         if len(self._graphs) >= self._graphs_kept:
             self._device.synchronize_stream(self._stream)  # the oldest may be at work, and its context goes with it

@@ -25,13 +25,13 @@ from onnx import TensorProto, helper
 
 from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
 from aesanet.cli.main import cli, main
-from aesanet.engines import engine_key, load_library, misfits, read_engine
+from aesanet.engines import engine_key, known_capabilities, load_library, misfits, read_engine, runs_on
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export import engine as engine_room
 from aesanet.export import half as half_room
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
-from aesanet.export.engine import Settings, build_plan, known_capabilities, layer_types, parse
+from aesanet.export.engine import Settings, build_plan, layer_types, parse
 from aesanet.export.graph import export_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
@@ -291,6 +291,21 @@ def test_capabilities_are_the_librarys(trt, bundle):
     assert not (bundle / "engines").exists()
 
 
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [("7.0", False), ("8.0", True), ("9.0", False), ("10.0", False), ("12.0", True), ("13.0", True)],
+)
+def test_rtx_runs_where_it_has_kernels(trt, bundle, monkeypatch, capsys, capability, runs):
+    """TensorRT-RTX 1.7.1 says on an H200 (9.0): "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0"."""
+    gpu = Gpu("NVIDIA X", capability, "for CUDA 13.0", "8192")
+    assert runs_on(trt, gpu) == runs
+    assert runs_on(types.SimpleNamespace(), gpu)  # TensorRT, which names none
+    monkeypatch.setattr("aesanet.machine.cuda_gpu", lambda cuda: gpu)
+    with pytest.raises(SystemExit):
+        main(["compile", str(bundle), "--flavour", "rtx", "--profiles", "1:1"])
+    assert ("does not run on NVIDIA X" in capsys.readouterr().err) != runs
+
+
 def test_a_bundle_without_half_graphs_says_how_to_get_them(tiny_bundle):
     with pytest.raises(BundleError, match="has no FP16 graphs; export the checkpoint again with --fp16"):
         compile_bundle(tiny_bundle, "rtx", SMALL)
@@ -409,8 +424,10 @@ def test_auto_is_tensorrt_only_where_it_and_a_gpu_are(nvidia_smi, monkeypatch, i
     assert choose_flavour("tensorrt") == "tensorrt"
 
 
-def test_a_plan_of_tensorrt_is_for_the_gpu_and_driver_that_are_here(bundle, monkeypatch, trt):
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops")
+def test_a_plan_of_tensorrt_is_for_the_gpu_and_driver_that_are_here(bundle, tmp_path, monkeypatch, trt):
     """Built with RTX in TensorRT's place, which cannot build without a GPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("aesanet.export.compile.load_library", lambda flavour: trt)
 
     def on(gpu):

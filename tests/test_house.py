@@ -114,6 +114,18 @@ def test_every_room_is_in_the_wheel_and_no_other_name():
 RECORDING = ROOT / "models" / "demo" / "samples" / "speech-synthetic.wav"
 
 
+def test_speeds_in_the_docs_are_those_of_the_csv():
+    docs = (ROOT / "docs" / "engines.md").read_text()
+    with open(ROOT / "benchmarks" / "results" / "backends-h200.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    engines = dict.fromkeys(row["engine"] for row in rows)
+    assert {row["gpu"] for row in rows} == {"NVIDIA H200"}
+    for engine in engines:
+        own = [row for row in rows if row["engine"] == engine]
+        cells = [*(row["milliseconds_median"] for row in own), own[-1]["x_real_time"]]
+        assert "| " + " | ".join([engine, *cells]) + " |\n" in docs
+
+
 def test_speeds_in_the_readme_are_those_of_the_csv():
     readme = (ROOT / "README.md").read_text()
     with open(ROOT / "benchmarks" / "results" / "backends.csv", newline="") as file:

@@ -51,8 +51,8 @@ def open_backend(
             continue
         if (on, in_precision) not in here[engine].runs:
             continue
-        if (lacking := _lacking(files, engine, in_precision)) is not None:
-            failed.append(f"{engine} {on} {in_precision}: {lacking}")
+        if (missing := lacking(files, engine, in_precision)) is not None:
+            failed.append(f"{engine} {on} {in_precision}: {missing}")
             continue
         try:
             backend = _ENGINES[engine][0](files, on, in_precision, threads)
@@ -71,10 +71,15 @@ def open_backend(
     )
 
 
+def open_exactly(files: BundleFiles, name: BackendName, device: Device, precision: Precision) -> Backend:
+    """Open one engine and no other; raises what it raises."""
+    return _ENGINES[name][0](files, device, precision, None)
+
+
 _NO_HALF = "the bundle has no FP16 graphs, which `aesanet export --fp16` makes"
 
 
-def _lacking(files: BundleFiles, engine: BackendName, precision: Precision) -> str | None:
+def lacking(files: BundleFiles, engine: BackendName, precision: Precision) -> str | None:
     """What an engine needs of a bundle that this one has not."""
     if precision == "fp16" and not files.fp16:
         return _NO_HALF

@@ -24,6 +24,7 @@ class Backend(ABC):
     """Of the engine, its version, its device and the encoder's precision, for people and reports."""
     kind: str
     """The same without versions, such as "openvino cpu bf16": what `aesanet verify` keeps its findings by."""
+    precision: Precision
 
     @abstractmethod
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
         import onnxruntime
 
+        if device == "cuda":
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: one a physical core
         options.log_severity_level = 3
@@ -32,6 +34,7 @@ class OnnxRuntimeBackend(Backend):
         if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
         self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
+        self.precision: Precision = precision
         self.kind = f"onnxruntime {device} {precision}"
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

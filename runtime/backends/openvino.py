@@ -32,6 +32,7 @@ class OpenVINOBackend(Backend):
         self._encoder = request(files.fp32["encoder"], _HINTS[precision])
         self._head = request(files.fp32["head"], "f32")
         self.name = f"openvino {version('openvino')} {device} {precision}"
+        self.precision: Precision = precision
         self.kind = f"openvino {device} {precision}"
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

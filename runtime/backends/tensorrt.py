@@ -18,7 +18,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import GraphName
-from aesanet.engines import ENGINES_FOLDER, MODULES, load_library, misfits, read_engine
+from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on
 from aesanet.errors import BackendError, BundleError, DeviceMemoryError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
@@ -49,6 +49,7 @@ class TensorRTBackend(Backend):
     """
 
     kind = "tensorrt cuda fp16"
+    precision: Precision = "fp16"
 
     def __init__(
         self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = _GRAPHS_KEPT
@@ -357,6 +358,7 @@ def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, thre
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
             backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
             _try(backend, files.manifest.window.window_samples)
+            backend.kind += f" {key[:16]}"  # what was found of one engine says nothing of another
             return backend
         except (BackendError, BundleError) as error:
             refused.append(f"engine {key[:8]}: {error}")
@@ -372,17 +374,19 @@ def _try(backend: TensorRTBackend, window_samples: int) -> None:
 
 def support() -> Support:
     """Whether TensorRT or TensorRT-RTX can run here; which of the two, a bundle's engines say."""
-    found = {}
-    for module in MODULES.values():
+    found: dict[Flavour, str] = {}
+    for flavour, module in MODULES.items():
         try:
-            found[module] = version(module)
+            found[flavour] = f"{module} {version(module)}"
         except PackageNotFoundError:
             continue
     if not found:
         return Support(None, (), "not installed: pip install 'aesanet[gpu]', or 'aesanet[rtx]' for RTX GPUs")
-    versions = " and ".join(f"{module} {number}" for module, number in found.items())
+    versions = " and ".join(found.values())
     try:
         gpu = cuda_gpu(load_cuda())
+        if not any(runs_on(load_library(flavour), gpu) for flavour in found):
+            raise BackendError(f"it has no kernels for {gpu}; pip install 'aesanet[gpu]'")
     except BackendError as error:
         return Support(None, (), f"{versions}; cannot run: {error}")
     return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
