@@ -58,6 +58,11 @@ def engine_key(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()
 
 
+def short_key(key: str) -> str:
+    """As much of a key as people and reports need."""
+    return key[:16]
+
+
 def load_library(flavour: Flavour) -> Any:
     """TensorRT's or TensorRT-RTX's module; raises BackendError with what to install."""
     try:

@@ -23,6 +23,7 @@ from aesanet.engines import (
     load_library,
     machine_parts,
     read_engine,
+    short_key,
 )
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
@@ -133,7 +134,9 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
     folder.rename(place)
     others = {key: sha256 for key, sha256 in manifest.engines.items() if key != engine.key}
     engines = others | {engine.key: file_sha256(place / ENGINE_NAME)}
-    write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines))
+    # What was found of an engine that is built anew says nothing of this one.
+    verified = {kind: found for kind, found in manifest.verified.items() if not kind.endswith(short_key(engine.key))}
+    write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines, verified=verified))
 
 
 def _gpu() -> Gpu:

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from aesanet.benchmarks.parity import not_opened
 from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
 from aesanet.cli.main import cli, main
 from aesanet.engines import engine_key, known_capabilities, load_library, misfits, read_engine, runs_on
@@ -141,10 +142,15 @@ def test_a_damaged_engine_is_refused_and_built_anew(bundle):
     plan.write_bytes(plan.read_bytes()[:-1] + b"\0")
     with pytest.raises(BundleError, match=r"head\.plan: sha256 is .* compile the bundle again"):
         read_engine(bundle, read_manifest(bundle), engine.key)
+    manifest = read_manifest(bundle)
+    found = not_opened("x", manifest, "fp16", "damaged")
+    kinds = ("openvino cpu fp32", f"tensorrt cuda fp16 {engine.key[:16]}")
+    write_manifest(bundle, msgspec.structs.replace(manifest, verified=dict.fromkeys(kinds, found)))
     said = []
     again, built = compile_bundle(bundle, "rtx", SMALL, said.append)
     assert built
     assert "it is built anew" in said[0]
+    assert list(read_manifest(bundle).verified) == ["openvino cpu fp32"]  # nothing is known of the new engine
     assert read_engine(bundle, read_manifest(bundle), again.key).parts == engine.parts
 
 

@@ -601,7 +601,7 @@ def test_an_engine_for_another_machine_is_refused_with_what_mends_it(compiled, c
     key = add(**changed)
     with pytest.raises(BackendError) as refused:
         Scorer.open(bundle, backend="tensorrt")
-    assert f"engine {key[:8]}: {told}" in str(refused.value)
+    assert f"engine {key[:16]}: {told}" in str(refused.value)
     assert f"`aesanet compile {bundle}` makes one for this machine" in str(refused.value)
     scorer = Scorer.open(bundle)
     assert "cpu" in scorer.backend.name
@@ -613,7 +613,7 @@ def test_a_damaged_plan_is_never_loaded(compiled):
     key = add()
     plan = bundle / ENGINES_FOLDER / key / "head.plan"
     plan.write_bytes(plan.read_bytes() + b" ")
-    with pytest.raises(BackendError, match=rf"engine {key[:8]}: .*head\.plan: sha256 is .* but the bundle says"):
+    with pytest.raises(BackendError, match=rf"engine {key[:16]}: .*head\.plan: sha256 is .* but the bundle says"):
         Scorer.open(bundle, backend="tensorrt")
 
 

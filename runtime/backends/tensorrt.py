@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from threading import RLock
 from typing import Any, Final
@@ -18,7 +17,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import GraphName
-from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on
+from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on, short_key
 from aesanet.errors import BackendError, BundleError, DeviceMemoryError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
@@ -26,6 +25,7 @@ from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Pending, Precision, Support
 from aesanet.runtime.device import Blocks, CudaDevice
 from aesanet.runtime.shapes import Profile, choose_profile
+from aesanet.runtime.slots import Batch, Part, Slot
 from aesanet.runtime.stage import Run, Shapes, Stage
 
 _SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
@@ -71,7 +71,7 @@ class TensorRTBackend(Backend):
         self._most = {profile.index: profile.max_batch for profile in self.profiles}
         self._blocks = Blocks(device)
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
-        self._slots = [_Slot(number, *(device.event() for _ in range(4))) for number in range(_SLOTS)]
+        self._slots = [Slot(number, device) for number in range(_SLOTS)]
         streams_used = (self._copying, self._encoding, self._scoring)
         weakref.finalize(self, _close, device, streams_used, tuple(self._slots), self._stages, self._blocks)
         self._turn = 0
@@ -97,7 +97,7 @@ class TensorRTBackend(Backend):
         with self._lock, self._device.current():
             batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
             profile = choose_profile(self.profiles, batch.samples)
-            parts: list[_Part] = []
+            parts: list[Part] = []
             try:
                 while len(batch.num_samples):
                     most = self._most[profile.index]
@@ -111,7 +111,7 @@ class TensorRTBackend(Backend):
                 raise
         return lambda: np.concatenate([self._wait(part) for part in parts])
 
-    def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> "_Batch":
+    def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> Batch:
         array: np.ndarray | DeviceArray
         if on_device(waveform):
             array = device_array(waveform, int(self._encoding))
@@ -129,9 +129,9 @@ class TensorRTBackend(Backend):
                 f"num_samples from {num_samples.min()} to {num_samples.max()} in a waveform of {array.shape[1]}; "
                 f"each must be from {MIN_SAMPLES} to the waveform's"
             )
-        return _Batch(array, num_samples, stream)
+        return Batch(array, num_samples, stream)
 
-    def _launch_or_shrink(self, profile: Profile, batch: "_Batch") -> "_Part | None":
+    def _launch_or_shrink(self, profile: Profile, batch: Batch) -> Part | None:
         """Launch a batch; where memory is full, first give all of ours back, then take half as many clips."""
         try:
             return self._launch(profile, batch)
@@ -144,7 +144,7 @@ class TensorRTBackend(Backend):
             self._halve(profile, len(batch.num_samples), error)
             return None
 
-    def _launch(self, profile: Profile, batch: "_Batch") -> "_Part":
+    def _launch(self, profile: Profile, batch: Batch) -> Part:
         """Give one batch to the streams; the scores of the one whose slot it takes are brought to safety first."""
         slot = self._slots[self._turn]
         self._finish(slot)
@@ -157,11 +157,11 @@ class TensorRTBackend(Backend):
             blocks[f"{name} {slot.number}"] for name in ("waveform", "num_tokens", "features")
         )
 
-        counted = slot.host("num_tokens", np.int64, (rows,), self._device)
+        counted = slot.host("num_tokens", np.int64, (rows,))
         counted[:count], counted[count:] = num_tokens(batch.num_samples), TOKENS_PER_PATCH
         self._device.copy_in(tokens, counted, self._copying)
         if not isinstance(batch.waveform, DeviceArray):
-            staged = slot.host("waveform", np.float32, (rows, samples), self._device)
+            staged = slot.host("waveform", np.float32, (rows, samples))
             staged[:count, : batch.samples] = batch.waveform
             staged[:count, batch.samples :] = staged[count:] = 0
             self._device.copy_in(waveform, staged, self._copying)
@@ -192,11 +192,11 @@ class TensorRTBackend(Backend):
         self._head.run(
             Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory), capture
         )
-        found = slot.host("scores", np.float32, (rows, len(AXES)), self._device)
+        found = slot.host("scores", np.float32, (rows, len(AXES)))
         self._device.copy_out(found, blocks["scores"], self._scoring)
         self._device.record(slot.done, self._scoring)
 
-        slot.part = _Part(slot, count, batch.waveform if lent else None)
+        slot.part = Part(slot, count, batch.waveform if lent else None)
         self._turn = (self._turn + 1) % len(self._slots)
         return slot.part
 
@@ -255,7 +255,7 @@ class TensorRTBackend(Backend):
         for stage in self._stages:
             stage.forget_graphs()
 
-    def _wait(self, part: "_Part") -> np.ndarray:
+    def _wait(self, part: Part) -> np.ndarray:
         if part.scores is None:
             with self._device.current():
                 self._device.synchronize(part.slot.done)  # without the lock, so that others can submit meanwhile
@@ -265,70 +265,16 @@ class TensorRTBackend(Backend):
         assert part.scores is not None
         return part.scores
 
-    def _finish(self, slot: "_Slot") -> None:
+    def _finish(self, slot: Slot) -> None:
         """Wait for a slot's batch, if it has one, and take its scores out."""
         if (part := slot.part) is not None:
             self._device.synchronize(slot.done)
-            part.scores = slot.host("scores", np.float32, (part.count, len(AXES)), self._device).copy()
+            part.scores = slot.host("scores", np.float32, (part.count, len(AXES))).copy()
             part.owner = slot.part = None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Clips on the host or the GPU, and the stream that fills them there."""
-
-    waveform: np.ndarray | DeviceArray
-    num_samples: np.ndarray
-    stream: int | None
-
-    @property
-    def samples(self) -> int:
-        return self.waveform.shape[1]
-
-    def first(self, most: int) -> "_Batch":
-        return _Batch(self.waveform[:most], self.num_samples[:most], self.stream)
-
-    def after(self, most: int) -> "_Batch":
-        return _Batch(self.waveform[most:], self.num_samples[most:], self.stream)
-
-
-@dataclass
-class _Slot:
-    """What one batch under way holds for itself: events, and page-locked memory for what is copied."""
-
-    number: int
-    copied: Any
-    consumed: Any
-    encoded: Any
-    done: Any
-    part: "_Part | None" = None
-
-    @property
-    def events(self) -> tuple[Any, ...]:
-        return (self.copied, self.consumed, self.encoded, self.done)
-
-    _pinned: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def host(self, name: str, dtype: type, shape: tuple[int, ...], device: CudaDevice) -> np.ndarray:
-        """Page-locked memory by name, of at least this size; what it held is kept while it does not grow."""
-        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if name not in self._pinned or len(self._pinned[name]) < num_bytes:
-            self._pinned[name] = device.pin(num_bytes)
-        return self._pinned[name][:num_bytes].view(dtype).reshape(shape)
-
-
-@dataclass(eq=False)
-class _Part:
-    """A batch that was given to the streams; its scores are in its slot until another batch takes that."""
-
-    slot: _Slot
-    count: int
-    owner: Any
-    scores: np.ndarray | None = None
-
-
 def _close(
-    device: CudaDevice, streams: tuple[Any, ...], slots: tuple["_Slot", ...], stages: tuple[Stage, ...], blocks: Blocks
+    device: CudaDevice, streams: tuple[Any, ...], slots: tuple[Slot, ...], stages: tuple[Stage, ...], blocks: Blocks
 ) -> None:
     """Give back all that a backend held, as far as it can be."""
     with suppress(BackendError), device.current():
@@ -358,10 +304,10 @@ def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, thre
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
             backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
             _try(backend, files.manifest.window.window_samples)
-            backend.kind += f" {key[:16]}"  # what was found of one engine says nothing of another
+            backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
             return backend
         except (BackendError, BundleError) as error:
-            refused.append(f"engine {key[:8]}: {error}")
+            refused.append(f"engine {short_key(key)}: {error}")
     raise BackendError(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
 
 

@@ -1,0 +1,65 @@
+"""A batch on its way through a GPU: what is scored, what it holds meanwhile, and what comes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aesanet.runtime.arrays import DeviceArray
+from aesanet.runtime.device import CudaDevice
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips on the host or the GPU: waveform float32 [batch, samples], num_samples int64 [batch] on the host.
+
+    `stream` is the CUDA stream that fills a waveform on the GPU, where there is one.
+    """
+
+    waveform: np.ndarray | DeviceArray
+    num_samples: np.ndarray
+    stream: int | None
+
+    @property
+    def samples(self) -> int:
+        """Of the waveform, padding included."""
+        return self.waveform.shape[1]
+
+    def first(self, most: int) -> "Batch":
+        """The first clips, `most` of them or fewer."""
+        return Batch(self.waveform[:most], self.num_samples[:most], self.stream)
+
+    def after(self, most: int) -> "Batch":
+        """The clips that `first` leaves."""
+        return Batch(self.waveform[most:], self.num_samples[most:], self.stream)
+
+
+class Slot:
+    """What one batch under way holds for itself: events, and page-locked memory for what is copied."""
+
+    def __init__(self, number: int, device: CudaDevice) -> None:
+        self.number = number
+        self._device = device
+        self.events = tuple(device.event() for _ in range(4))
+        self.copied, self.consumed, self.encoded, self.done = self.events
+        self.part: Part | None = None
+        """The batch under way."""
+        self._pinned: dict[str, np.ndarray] = {}
+
+    def host(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        """Page-locked memory by name, of at least this size; what it held is kept while it does not grow."""
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if name not in self._pinned or len(self._pinned[name]) < num_bytes:
+            self._pinned[name] = self._device.pin(num_bytes)
+        return self._pinned[name][:num_bytes].view(dtype).reshape(shape)
+
+
+@dataclass(eq=False)
+class Part:
+    """A batch that was given to the streams; its scores are in its slot until another batch takes that."""
+
+    slot: Slot
+    count: int
+    owner: Any
+    """An array of somebody else that is being read."""
+    scores: np.ndarray | None = None
