@@ -8,6 +8,7 @@ AesanetError
 +-- BundleError       a bundle folder that is damaged or of another kind  (ValueError)
 +-- BackendError      an engine that is missing or cannot run here        (RuntimeError)
 |   +-- DeviceMemoryError   a GPU whose memory is full
+|   +-- EngineMisfitError   compiled engines that are for other machines
 +-- InputError        inputs of a run that cannot be read at all          (ValueError)
 +-- ClipError         one clip that cannot be scored; carries a code      (ValueError)
 """
@@ -60,6 +61,10 @@ class BackendError(AesanetError, RuntimeError):
 
 class DeviceMemoryError(BackendError):
     """A GPU whose memory is full."""
+
+
+class EngineMisfitError(BackendError):
+    """Compiled engines that are all for other machines than this one."""
 
 
 class InputError(AesanetError, ValueError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
-from aesanet.errors import BackendError, InputError
+from aesanet.errors import BackendError, EngineMisfitError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +87,11 @@ def verify(
     for kind, precision, open_engine in _engines(files, backend):
         try:
             engine = open_engine()
+        except EngineMisfitError as error:
+            if backend != "all":
+                raise
+            note(f"the bundle's compiled engines are left out: {error}")
+            continue
         except Exception as error:  # engines raise what they like
             result, scores = not_opened(kind, manifest, precision, str(error)), None
         else:

@@ -24,8 +24,9 @@ from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
 from torch_engines import TorchTensorRT
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest
+from aesanet.cli.main import main
 from aesanet.engines import ENGINES_FOLDER, Engine, Plan, engine_key, load_library, machine_parts, read_engine
-from aesanet.errors import BackendError, DeviceMemoryError
+from aesanet.errors import BackendError, DeviceMemoryError, EngineMisfitError
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import make_profiles
@@ -34,10 +35,11 @@ from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, num_tokens
 from aesanet.machine import cuda_call, cuda_gpu, load_cuda
 from aesanet.runtime.arrays import device_array, stream_handle
+from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends import tensorrt as room
 from aesanet.runtime.backends.tensorrt import TensorRTBackend, open_tensorrt, support
 from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.scorer import Scorer
+from aesanet.runtime.scorer import Scorer, open_files
 from aesanet.runtime.shapes import choose_profile, grid_batch, grid_samples
 from aesanet.runtime.windows import pad_batch
 
@@ -599,6 +601,8 @@ def test_score_takes_the_engine_that_fits(compiled):
 def test_an_engine_for_another_machine_is_refused_with_what_mends_it(compiled, changed, told):
     bundle, add = compiled
     key = add(**changed)
+    with pytest.raises(EngineMisfitError if "profiles" not in changed else BackendError):
+        open_exactly(open_files(bundle), "tensorrt", "cuda", "fp16")
     with pytest.raises(BackendError) as refused:
         Scorer.open(bundle, backend="tensorrt")
     assert f"engine {key[:16]}: {told}" in str(refused.value)
@@ -606,6 +610,34 @@ def test_an_engine_for_another_machine_is_refused_with_what_mends_it(compiled, c
     scorer = Scorer.open(bundle)
     assert "cpu" in scorer.backend.name
     assert told in scorer.reason
+
+
+@pytest.mark.parametrize(("capabilities", "status"), [(("12.0",), 0), ((), 1)])
+def test_verify_leaves_out_what_is_for_others_and_fails_what_is_broken(
+    compiled, tiny_checkpoint, capsys, capabilities, status
+):
+    bundle, add = compiled
+    key = add(flavour="rtx", capabilities=capabilities)
+    if not capabilities:
+        (bundle / ENGINES_FOLDER / key / "head.plan").write_bytes(b"broken")
+    command = ["verify", str(bundle), "--checkpoint", str(tiny_checkpoint), "--audio", str(RECORDINGS[0])]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == status
+    out, err = capsys.readouterr()
+    assert ("the bundle's compiled engines are left out: engine" in err) == (status == 0)
+    assert ("tensorrt cuda fp16: FAILED; it cannot load the bundle: " in out) == (status == 1)
+
+
+def test_verify_holds_a_compiled_engine_to_the_checkpoint(compiled, tiny_checkpoint, capsys):
+    bundle, add = compiled
+    key = add()
+    command = ["verify", str(bundle), "--checkpoint", str(tiny_checkpoint), "--audio", str(RECORDINGS[0])]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--backend", "tensorrt"])
+    assert stopped.value.code == 0
+    assert f"tensorrt cuda fp16 {key[:16]}: passed" in capsys.readouterr().out
+    assert list(read_manifest(bundle).verified) == [f"tensorrt cuda fp16 {key[:16]}"]
 
 
 def test_a_damaged_plan_is_never_loaded(compiled):

@@ -18,7 +18,7 @@ import numpy as np
 from aesanet.axes import AXES
 from aesanet.bundle import GraphName
 from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on, short_key
-from aesanet.errors import BackendError, BundleError, DeviceMemoryError
+from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineMisfitError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
@@ -290,16 +290,20 @@ def _close(
 
 
 def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> TensorRTBackend:
-    """The last compiled of a bundle's engines that can run here; raises BackendError with why each cannot."""
+    """The last compiled of a bundle's engines that can run here.
+
+    Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
+    """
     cuda = load_cuda()
     gpu = cuda_gpu(cuda)
     refused = []
+    error_type: type[BackendError] = EngineMisfitError
     for key in reversed(files.manifest.engines):
         try:
             engine = read_engine(files.folder, files.manifest, key)
             trt = load_library(engine.flavour)
             if wrong := misfits(engine, trt, gpu):
-                raise BackendError("; ".join(wrong))
+                raise EngineMisfitError("; ".join(wrong))
             folder = files.folder / ENGINES_FOLDER / key
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
             backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
@@ -307,8 +311,9 @@ def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, thre
             backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
             return backend
         except (BackendError, BundleError) as error:
+            error_type = error_type if isinstance(error, EngineMisfitError) else BackendError
             refused.append(f"engine {short_key(key)}: {error}")
-    raise BackendError(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
+    raise error_type(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
 
 
 def _try(backend: TensorRTBackend, window_samples: int) -> None:
