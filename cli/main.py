@@ -17,6 +17,7 @@ _COMMANDS = {
     "compile": ("compile", "Compile a bundle's FP16 graphs to engines for NVIDIA GPUs, with TensorRT or TensorRT-RTX."),
     "build": ("build", "Export with FP16 graphs, then compile: checkpoint to engines in one command."),
     "verify": ("verify", "Hold a bundle's scores to its checkpoint's, on every engine that runs here."),
+    "bench": ("bench", "Time batches and cold starts of a bundle here, and compare what was measured."),
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
     "train": ("train", "Train a checkpoint on clips that people have rated; goes on where it was stopped."),
     "evaluate": ("evaluate", "Compare scores with human labels: MSE, LCC, SRCC, KTAU."),

@@ -1,0 +1,121 @@
+"""`aesanet bench`: how fast a bundle is here."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aesanet.cli.notes import extra, note
+
+_ENGINE = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]),
+        default="auto",
+        show_default=True,
+    ),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True),
+)
+
+
+def _engine_options(command: Any) -> Any:
+    for option in reversed(_ENGINE):
+        command = option(command)
+    return command
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Positive numbers from text such as 1,8,64."""
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        raise click.BadParameter(f"{value!r}; give positive numbers, such as 1,8,64")
+    return numbers
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast a bundle is on this machine, and compare measurements.
+
+    Everything is written to CSV files, with the machine, versions and bundle that it was measured on.
+    """
+
+
+@bench.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--batches", callback=_numbers, default="1,4", show_default=True, help="Clips a batch.")
+@click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
+@click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
+@_engine_options
+def latency(bundle: Path, batches: list[float], seconds: list[float], most: float, out: Path, **engine: Any) -> None:
+    """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
+    with extra("bench"):
+        from aesanet.benchmarks.latency import (
+            LATENCY_COLUMNS,
+            Cell,
+            append_rows,
+            latency_row,
+            measure_latency,
+            provenance,
+        )
+    from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
+    from aesanet.runtime.scorer import Scorer
+
+    if any(batch != int(batch) for batch in batches):
+        raise click.UsageError("--batches are whole numbers of clips")
+    if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
+        raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
+    scorer = Scorer.open(bundle, **engine)
+    note(f"{scorer.backend.name} ({scorer.reason})")
+    cells = [Cell(int(batch), length) for batch in batches for length in seconds]
+    where = provenance(scorer, bundle)
+    rows = [where | latency_row(cell, times) for cell, times in measure_latency(scorer.backend, cells, most).items()]
+    append_rows(out, LATENCY_COLUMNS, rows)
+    click.echo(" clips  seconds     p50 ms          95 % of p50       p90       p99       max  x real time")
+    for row in rows:
+        interval = f"{row['p50_low']:.2f} to {row['p50_high']:.2f}"
+        click.echo(
+            f"{row['batch']:6}{row['clip_seconds']:9g}{row['milliseconds_p50']:11.2f}{interval:>21}"
+            f"{row['milliseconds_p90']:10.2f}{row['milliseconds_p99']:10.2f}{row['milliseconds_max']:10.2f}"
+            f"{row['x_real_time']:13.1f}"
+        )
+
+
+@bench.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Fresh processes.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("cold.csv"), show_default=True)
+@_engine_options
+def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
+    """Time a fresh process until its first score: import, open BUNDLE, score one window."""
+    with extra("bench"):
+        from aesanet.benchmarks.latency import COLD_COLUMNS, append_rows, measure_cold_start, provenance
+    from aesanet.runtime.scorer import Scorer
+
+    where = provenance(Scorer.open(bundle, **engine), bundle)
+    row = where | measure_cold_start(bundle, engine, repeats)
+    append_rows(out, COLD_COLUMNS, [row])
+    click.echo(
+        f"{row['engine']}: import {row['import_milliseconds']} ms, open {row['open_milliseconds']} ms, "
+        f"first score {row['first_score_milliseconds']} ms (medians of {repeats})"
+    )
+
+
+@bench.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def compare(before: Path, after: Path) -> None:
+    """Say how many times as long AFTER's latencies are as BEFORE's, cell by cell, with intervals of 95 %."""
+    with extra("bench"):
+        from aesanet.benchmarks.latency import compare as compared
+
+    for row in compared(before, after):
+        verdict = "slower" if row["low"] > 1 else "faster" if row["high"] < 1 else "no difference shown"
+        click.echo(
+            f"{row['engine']}, {row['weights']}, {row['batch']} x {float(row['clip_seconds']):g} s: "
+            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {verdict}"
+        )

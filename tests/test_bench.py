@@ -1,0 +1,201 @@
+"""`aesanet bench`: what is timed, when it is enough, and what two files can say of each other."""
+
+import csv
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aesanet.benchmarks.latency import (
+    COLD_COLUMNS,
+    LATENCY_COLUMNS,
+    Cell,
+    compare,
+    latency_row,
+    measure_latency,
+    median_interval,
+)
+from aesanet.cli.main import main
+from aesanet.errors import InputError
+from aesanet.hashing import file_sha256
+from aesanet.runtime.backends.base import Backend
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+class Scripted(Backend):
+    """An engine, and the clock that its calls move on, by what a function says of each call."""
+
+    name = kind = "scripted"
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.shapes = seconds, 0.0, []
+
+    def scores(self, waveform, num_samples):
+        assert waveform.shape == (len(num_samples), num_samples[0])
+        assert waveform.std() > 0.05
+        self.now += self.seconds(len(self.shapes))
+        self.shapes.append(waveform.shape)
+        return np.zeros((len(waveform), 4), np.float32)
+
+
+CELLS = [Cell(1, 1.0), Cell(3, 0.5)]
+
+
+def test_cells_take_turns_until_their_medians_have_settled():
+    backend = Scripted(lambda call: 0.25)
+    times = measure_latency(backend, CELLS, 1e9, clock=lambda: backend.now)
+    assert times == {cell: [0.25] * 20 for cell in CELLS}
+    timed = backend.shapes[-40:]
+    assert timed == [(1, 16_000), (3, 8_000)] * 20
+    assert len(backend.shapes) == 40 + 2 * 9  # warm-ups, none of them counted
+
+
+@given(st.floats(1, 200))
+def test_times_that_do_not_settle_are_cut_off(most):
+    """Each call takes a tenth longer than the one before it."""
+    backend = Scripted(lambda call: 0.01 * 1.1**call)
+    (times,) = measure_latency(backend, CELLS[:1], most, clock=lambda: backend.now).values()
+    assert len(times) >= 20
+    assert sum(times) >= most
+    assert len(times) == 20 or sum(times[:-1]) < most
+
+
+@given(st.integers(1, 300))
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says(count):
+    """And no narrower one of order statistics would. Of fewer than six values there is none."""
+    low, high = median_interval(np.random.default_rng(count).permutation(count))
+    assert low == count - 1 - high
+
+    def missed(index):
+        return 2 * sum(math.comb(count, k) for k in range(int(index) + 1)) / 2**count
+
+    if count >= 6:
+        assert missed(low) <= 0.05 < missed(low + 1)
+    else:
+        assert low == 0
+
+
+@given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=60))
+def test_a_row_has_the_quantiles_of_the_times(times):
+    row = latency_row(Cell(4, 2.5), times)
+    ordered = sorted(1000 * time for time in times)
+    assert row["milliseconds_max"] == pytest.approx(ordered[-1], abs=1e-3)
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        assert row[f"milliseconds_{name}"] == pytest.approx(np.quantile(ordered, share), abs=1e-3)
+    assert row["p50_low"] <= row["milliseconds_p50"] <= row["p50_high"]
+    assert row["x_real_time"] == pytest.approx(10_000 / np.median(ordered), rel=1e-2)
+    assert row["repeats"] == len(times)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_latencies_are_appended_with_where_they_come_from(tiny_bundle, tmp_path, capsys):
+    out = tmp_path / "latency.csv"
+    command = ["bench", "latency", tiny_bundle, "--batches", "1,2", "--seconds", "0.5", "--most", "0", "--out", out]
+    assert run(*command, "--backend", "onnxruntime") == 0
+    assert run(*command, "--backend", "openvino", "--precision", "fp32") == 0
+    rows = rows_of(out)
+    assert list(rows[0]) == list(LATENCY_COLUMNS)
+    assert [(row["engine"].split()[0], row["batch"]) for row in rows] == [
+        ("onnxruntime", "1"), ("onnxruntime", "2"), ("openvino", "1"), ("openvino", "2")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["bundle_sha256"] == file_sha256(tiny_bundle / "bundle.json")[:16]
+        assert row["weights"] == "untrained"
+        assert row["processor"]
+        assert int(row["repeats"]) >= 20
+        assert 0 < float(row["milliseconds_p50"]) <= float(row["milliseconds_p99"]) <= float(row["milliseconds_max"])
+    assert "p50 ms" in capsys.readouterr().out
+    assert run("bench", "compare", out, out) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4
+    assert all(re.search(r": 1\.000 \(\d\.\d+ to \d+\.\d+\), no difference shown$", line) for line in told)
+
+
+def test_a_cold_start_is_of_a_fresh_process(tiny_bundle, tmp_path, capsys):
+    out = tmp_path / "cold.csv"
+    assert run("bench", "cold", tiny_bundle, "--repeats", "1", "--backend", "onnxruntime", "--out", out) == 0
+    (row,) = rows_of(out)
+    assert list(row) == list(COLD_COLUMNS)
+    parts = [float(row[f"{part}_milliseconds"]) for part in ("import", "open", "first_score")]
+    assert min(parts) > 0
+    assert f"import {row['import_milliseconds']} ms, open" in capsys.readouterr().out
+
+
+def latency_csv(path, **changed):
+    """One row for each engine, of a p50 of 10 ms between 9 and 11."""
+    row = dict.fromkeys(LATENCY_COLUMNS, "x") | {
+        "engine": "a", "weights": "demo", "batch": "1", "clip_seconds": "10.0",
+        "milliseconds_p50": "10", "p50_low": "9", "p50_high": "11",
+    }  # fmt: skip
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, LATENCY_COLUMNS)
+        writer.writeheader()
+        writer.writerow(row | changed)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ({"milliseconds_p50": "20", "p50_low": "18", "p50_high": "22"}, "2.000 (1.636 to 2.444), slower"),
+        ({"milliseconds_p50": "5", "p50_low": "4.5", "p50_high": "5.5"}, "0.500 (0.409 to 0.611), faster"),
+        ({"milliseconds_p50": "11", "p50_low": "10", "p50_high": "12"}, "1.100 (0.909 to 1.333), no difference shown"),
+    ],
+)
+def test_files_are_compared_cell_by_cell(tmp_path, capsys, after, told):
+    before = latency_csv(tmp_path / "before.csv")
+    assert run("bench", "compare", before, latency_csv(tmp_path / "after.csv", **after)) == 0
+    assert capsys.readouterr().out == f"a, demo, 1 x 10 s: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ({"engine": "b"}, "have no engine, weights, batch and clip length in common"),
+        ({"p50_low": ""}, "p50_low is ''; it must be a time in milliseconds"),
+        ({"p50_low": "-1"}, "p50_low is '-1'; it must be a time in milliseconds"),
+    ],
+)
+def test_files_that_say_nothing_of_each_other(tmp_path, after, told):
+    before = latency_csv(tmp_path / "before.csv")
+    with pytest.raises(InputError, match=told):
+        compare(before, latency_csv(tmp_path / "after.csv", **after))
+
+
+def test_other_files_are_refused(tiny_bundle, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"other\.csv: has no column batch, .*`aesanet bench latency` writes them"):
+        compare(other, other)
+    with pytest.raises(InputError, match="No such file"):
+        compare(tmp_path / "none.csv", other)
+    command = ["bench", "latency", tiny_bundle, "--batches", "1", "--seconds", "0.5", "--most", "0", "--out", other]
+    assert run(*command) == 2
+    assert "has other columns; give --out another name" in capsys.readouterr().err
+    assert other.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batches", "0"], "give positive numbers, such as 1,8,64"),
+        (["--batches", "one"], "give positive numbers"),
+        (["--batches", "1.5"], "whole numbers of clips"),
+        (["--seconds", "0.1"], "must be 0.175 or more"),
+    ],
+)
+def test_grids_that_make_no_sense(tiny_bundle, capsys, arguments, told):
+    assert run("bench", "latency", tiny_bundle, *arguments) == 2
+    assert told in capsys.readouterr().err
