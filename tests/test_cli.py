@@ -218,7 +218,7 @@ def test_a_stream_closed_by_the_caller_does_not_stop_the_run(tiny_bundle, audio,
 def test_the_second_interrupt_stops_a_run_that_waits(tiny_bundle):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen([*COMMAND, "score", str(tiny_bundle), "-"], text=True, **pipes)
-    while "untrained" not in running.stderr.readline():
+    while "never verified" not in running.stderr.readline():  # the last note
         pass
     time.sleep(1)  # from the note to the loop
     running.send_signal(signal.SIGINT)
