@@ -114,8 +114,7 @@ class Stage:
                 _log.warning("the %s runs without CUDA graphs: %s", self.name, str(error))
             return
         if len(self._graphs) >= self._graphs_kept:
-            self._device.synchronize_stream(self._stream)  # the oldest may be at work, and its context goes with it
-            _, oldest = self._graphs.popitem(last=False)
+            _, oldest = self._graphs.popitem(last=False)  # idle for longer than batches are under way
             self._device.destroy(oldest.handle)
         self._graphs[run] = _Graph(captured[0], context, self._runs)
 

@@ -340,6 +340,7 @@ class SimulatedContext:
         self.engine, self.cuda = engine, engine.trt.cuda
         self.profile, self.given, self.addresses, self.memory, self.ran = None, {}, {}, (0, 0), None
         self.laid_out = None  # the shapes that working memory was last divided for
+        self.changes = 0
 
     def _refuse(self, reason):
         self.engine.logger.log(self.engine.trt.ILogger.Severity.ERROR, reason)
@@ -354,12 +355,14 @@ class SimulatedContext:
         if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
             return self._refuse(f"{name} {shape} is not within {least} and {most}")
         self.given[name] = tuple(shape)
+        self.changes += 1
         return True
 
     def set_tensor_address(self, name, address):
         if address % 256:
             return self._refuse(f"the address of {name} is not aligned")
         self.addresses[name] = address
+        self.changes += 1
         return True
 
     def set_device_memory(self, address, size):
@@ -368,6 +371,7 @@ class SimulatedContext:
             self._refuse("The provided memory size is too small")  # and nothing is returned
             return
         self.memory = (address, size)
+        self.changes += 1
 
     def update_device_memory_size_for_shapes(self):
         assert self.given.keys() == self.engine.shapes.keys()
@@ -392,11 +396,14 @@ class SimulatedContext:
         addresses, shapes, (memory, size) = dict(self.addresses), dict(self.given), self.memory
         cuda, session, output = self.cuda, self.engine.session, self.engine.output  # and not self, which may go
         alive = weakref.ref(self)
+        changes = self.changes if self.cuda.is_capturing(stream) else None
         assert addresses.keys() == {*shapes, output}
         mark = np.frombuffer(np.random.default_rng(id(self)).bytes(8), np.uint8)
 
         def working_memory():
-            assert alive() is not None, "a context was destroyed before its work was done"
+            context = alive()
+            assert context is not None, "a context was destroyed before its work was done"
+            assert changes in (None, context.changes), "a context was used otherwise after its graph was captured"
             return cuda.bytes_at(memory, size, cuda.device)
 
         def begin():

@@ -301,6 +301,21 @@ def test_growing_memory_drops_the_graphs_of_before(simulated):
     assert simulated.cuda.calls["cudaGraphExecDestroy"] == simulated.cuda.calls["cudaGraphInstantiate"] == 9
 
 
+def test_a_graph_out_of_use_gives_way(simulated):
+    backend = simulated.open(graphs_kept=6)
+    largest, second, third = (noise(np.random.default_rng(0), [n]) for n in (40_000, 30_000, 20_000))
+    for shape, times in ((largest, 6), (second, 6), (largest, 30), (third, 9)):
+        for _ in range(times):
+            backend.scores(*shape)
+    assert simulated.cuda.calls["cudaGraphInstantiate"] == 3 * 9  # of each graph, three slots and three shapes
+    assert simulated.cuda.calls["cudaGraphExecDestroy"] == 3 * 3
+    simulated.cuda.calls.clear()
+    for shape in (largest, third):
+        for _ in range(3):
+            backend.scores(*shape)
+    assert simulated.cuda.calls["cudaGraphLaunch"] == 3 * 6  # the second is the one that went
+
+
 def test_more_shapes_than_graphs_are_not_captured_over_and_over(simulated):
     """Each would push out the one that is needed next."""
     backend = simulated.open(graphs_kept=6)
@@ -317,7 +332,9 @@ def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog):
     backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
     batch = noise(np.random.default_rng(0), [9_000])
     for _ in range(9):
-        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+        pending = backend.submit(*batch)
+        gc.collect()  # what was made to be captured, and is at work, must not go yet
+        np.testing.assert_allclose(pending(), reference(*batch), atol=1e-4)
     assert simulated.cuda.calls["cudaGraphLaunch"] == 0
     assert simulated.cuda.calls["cudaStreamBeginCapture"] == 9  # three times a graph, and then no more
     for _ in range(9):
@@ -380,6 +397,7 @@ def test_tensorrts_own_reason_is_told_and_the_next_batch_is_scored(simulated, re
     monkeypatch.setattr(context, "execute_async_v3", lambda stream: context._refuse(reason))
     with pytest.raises(error, match=reason):
         backend.scores(*second)
+    assert not any(stream.queue for stream in simulated.cuda.streams)  # nothing of the caller's is read any more
     monkeypatch.undo()
     np.testing.assert_allclose(waiting(), reference(*first), atol=1e-4)
     np.testing.assert_allclose(backend.scores(*second), reference(*second), atol=1e-4)
