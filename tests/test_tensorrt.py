@@ -328,8 +328,9 @@ def test_more_shapes_than_graphs_are_not_captured_over_and_over(simulated):
     assert simulated.cuda.calls["cudaGraphLaunch"] == 6 * 3 * 2  # a shape comes to a slot four times
 
 
-def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog):
-    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
+@pytest.mark.parametrize("seed", range(4))
+def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog, seed):
+    backend = simulated.open(seed, trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
     batch = noise(np.random.default_rng(0), [9_000])
     for _ in range(9):
         pending = backend.submit(*batch)
