@@ -126,6 +126,19 @@ def test_speeds_in_the_docs_are_those_of_the_csv():
         assert "| " + " | ".join([engine, *cells]) + " |\n" in docs
 
 
+def test_cold_starts_in_the_readme_are_those_of_the_csv():
+    readme = (ROOT / "README.md").read_text()
+    with open(ROOT / "benchmarks" / "results" / "cold-base.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for part, told in (
+        ("import", "importing\ntook {} to {} ms"),
+        ("open", "opening {} to {} ms"),
+        ("first_score", "{} to {} ms"),
+    ):
+        values = [float(row[f"{part}_milliseconds"]) for row in rows]
+        assert told.format(f"{min(values):,.0f}", f"{max(values):,.0f}") in readme
+
+
 def test_speeds_in_the_readme_are_those_of_the_csv():
     readme = (ROOT / "README.md").read_text()
     with open(ROOT / "benchmarks" / "results" / "backends.csv", newline="") as file:
