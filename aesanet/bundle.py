@@ -99,8 +99,7 @@ class AxisParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One axis of an engine against PyTorch, over all windows, on the scale of 0-10.
 
     Differences are None where a score is no number, `srcc` and `ktau` where there is no correlation. `swapped_pairs`
-    counts pairs of windows that PyTorch tells
-    apart by more than the limit and the engine orders the other way.
+    counts pairs of windows that PyTorch tells apart by more than the limit and the engine orders the other way.
     """
 
     max_abs: float | None

@@ -9,7 +9,7 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -71,6 +71,20 @@ def load_library(flavour: Flavour) -> Any:
         raise BackendError(
             f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{_EXTRAS[flavour]}]'"
         ) from None
+
+
+def library_logger(trt: Any, least: Any, tell: Callable[[str, str], None]) -> Any:
+    """A logger that tells severity and line of what the library says, from the severity `least` on."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= least:
+                tell(severity.name, message)
+
+    return Logger()
 
 
 def known_capabilities(trt: Any) -> dict[str, Any]:

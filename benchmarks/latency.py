@@ -39,7 +39,7 @@ COLD_COLUMNS: Final = (*WHERE, "repeats", "import_milliseconds", "open_milliseco
 KEY: Final = ("engine", "weights", "batch", "clip_seconds")
 """What makes two rows of two files comparable."""
 
-_WARM_UPS: Final = 3  # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots
+_WARM_UPS: Final = 9  # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots
 _LEAST_REPEATS: Final = 20
 _STABLE: Final = 0.02
 
@@ -88,7 +88,7 @@ def measure_latency(
         samples = round(cell.seconds * SAMPLE_RATE)
         waveform = np.ascontiguousarray(noise[: cell.batch, :samples])
         inputs[cell] = (waveform, np.full(cell.batch, samples))
-        for _ in range(_WARM_UPS * 3):
+        for _ in range(_WARM_UPS):
             backend.scores(*inputs[cell])
     while unfinished := [cell for cell in cells if not _enough(times[cell], seconds_a_cell)]:
         for cell in unfinished:

@@ -6,23 +6,7 @@ from typing import Any
 import click
 
 from aesanet.cli.notes import extra, note
-
-_ENGINE = (
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]),
-        default="auto",
-        show_default=True,
-    ),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "fp16", "bf16"]), default="auto", show_default=True),
-)
-
-
-def _engine_options(command: Any) -> Any:
-    for option in reversed(_ENGINE):
-        command = option(command)
-    return command
+from aesanet.cli.options import engine_options
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
@@ -50,7 +34,7 @@ def bench() -> None:
 @click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
-@_engine_options
+@engine_options
 def latency(bundle: Path, batches: list[float], seconds: list[float], most: float, out: Path, **engine: Any) -> None:
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
@@ -89,7 +73,7 @@ def latency(bundle: Path, batches: list[float], seconds: list[float], most: floa
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Fresh processes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("cold.csv"), show_default=True)
-@_engine_options
+@engine_options
 def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     """Time a fresh process until its first score: import, open BUNDLE, score one window."""
     with extra("bench"):

@@ -11,6 +11,7 @@ from aesanet.errors import BackendError
 if TYPE_CHECKING:
     from aesanet.engines import Flavour
     from aesanet.export.profiles import Profile
+    from aesanet.machine import Gpu
 
 
 def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[tuple[float, int]] | None:
@@ -45,25 +46,12 @@ def profiles_of(
         raise click.UsageError(f"--profiles: {error}") from None
 
 
-def _warn_of_this_gpu() -> None:
-    """Say so where the engine will not run on the GPU that is here."""
-    from aesanet.engines import load_library, runs_on
+def _gpu_here() -> "Gpu | None":
+    """The GPU that CUDA takes first, where there is one."""
     from aesanet.machine import cuda_gpu, load_cuda
 
     try:
-        gpu = cuda_gpu(load_cuda())
-    except BackendError:
-        return
-    if not runs_on(load_library("rtx"), gpu):
-        note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
-
-
-def _memory_mib() -> int | None:
-    """Of the GPU that is here; without one, None."""
-    from aesanet.machine import cuda_gpu, load_cuda
-
-    try:
-        return int(cuda_gpu(load_cuda()).memory)
+        return cuda_gpu(load_cuda())
     except BackendError:
         return None
 
@@ -107,14 +95,16 @@ def compile(
     taken as it is; what differs is said. `aesanet score` takes the last engine that fits the GPU that it runs on.
     """
     from aesanet.bundle import read_manifest
+    from aesanet.engines import load_library, runs_on
     from aesanet.export.compile import compile_bundle
     from aesanet.export.engine import Settings
 
     library, capabilities = asked_for(flavour, capability)
-    memory_mib = None if capabilities else _memory_mib()
+    gpu = None if capabilities else _gpu_here()
+    memory_mib = None if gpu is None else int(gpu.memory)
     chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds, memory_mib)
-    if library == "rtx" and not capabilities:
-        _warn_of_this_gpu()
+    if library == "rtx" and gpu is not None and not runs_on(load_library(library), gpu):
+        note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)
     engine, built = compile_bundle(bundle, library, settings, progress=note)
     click.echo(f"{bundle}/engines/{engine.key}: {'built' if built else 'was there'}")

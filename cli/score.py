@@ -14,6 +14,7 @@ import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
+from aesanet.cli.options import engine_options
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,17 +43,7 @@ _WORTH = {
     show_default=True,
     help="Of stdout; auto is a table on a terminal.",
 )
-@click.option(
-    "--backend", type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt"]), default="auto", show_default=True
-)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
-    default="auto",
-    show_default=True,
-    help="bf16 is of the encoder alone, fp16 of encoder and head; the front end is always FP32.",
-)
+@engine_options
 @click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]")
 def score(
     bundle: Path,

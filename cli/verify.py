@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
+from aesanet.cli.options import BACKENDS
 from aesanet.errors import BackendError, EngineMisfitError, InputError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _LAYERS_SECONDS = 4  # that layers are compared on: all tensors of a graph are k
 )
 @click.option(
     "--backend",
-    type=click.Choice(["all", "onnxruntime", "openvino", "tensorrt"]),
+    type=click.Choice(["all", *BACKENDS]),
     default="all",
     show_default=True,
     help="all: every engine and precision that runs here.",

@@ -169,11 +169,6 @@ class Blocks:
         """Bytes of a block, 0 where there is none yet."""
         return self._blocks.get(name, (0, 0))[1]
 
-    @property
-    def total_bytes(self) -> int:
-        """Of all blocks."""
-        return sum(size for _, size in self._blocks.values())
-
     def hold(self, sizes: Mapping[str, int]) -> bool:
         """Whether every block is there and large enough."""
         return all(name in self._blocks and size <= self.size(name) for name, size in sizes.items())

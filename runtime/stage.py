@@ -5,6 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+from aesanet.engines import library_logger
 from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.runtime.device import CudaDevice
 
@@ -44,7 +45,9 @@ class Stage:
     ) -> None:
         self.name = name
         self._trt, self._device, self._stream, self._complaints = trt, device, stream, complaints
-        self._runtime = trt.Runtime(_logger(trt, complaints))  # must outlive its engine
+        self._runtime = trt.Runtime(
+            library_logger(trt, trt.ILogger.Severity.ERROR, lambda severity, line: complaints.append(line))
+        )  # must outlive its engine
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise BackendError(f"{trt.__name__} {trt.__version__} cannot load the {name}: {self._reason()}")
@@ -198,15 +201,3 @@ class _Graph:
     handle: Any
     context: _Context
     used: int
-
-
-def _logger(trt: Any, complaints: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                complaints.append(message)
-
-    return Logger()
