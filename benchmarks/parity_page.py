@@ -35,8 +35,8 @@ def parity_page(
         f"<p>{_text(manifest.source.checkpoint)} (sha256 {manifest.source.sha256[:16]}…; {manifest.weights} weights), "
         f"{len(reference.windows)} windows, {seconds:.0f} s of audio. The reference is PyTorch in FP32, eager, each "
         f"window alone and unpadded. FP32 in a front end moves these scores by up to {reference.rounding.max():.1e}; a "
-        f"window's limit is widened by what that may be for it, and its point is hollow where that more than doubles "
-        f"the limit. SRCC is held to {SRCC_LIMIT} from {SRCC_FROM} windows on.</p>",
+        f"window's limit is widened by twice what it is there, by .02 at most, and its point is hollow where that more "
+        f"than doubles the limit. SRCC is held to {SRCC_LIMIT} from {SRCC_FROM} windows on.</p>",
     ]
     for name, (result, scores) in found.items():
         parts += [f"<h2>{_text(name)}</h2>", _verdict(result)]
