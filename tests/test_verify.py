@@ -26,6 +26,7 @@ from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, Window, 
 from aesanet.benchmarks.parity_page import parity_page
 from aesanet.bundle import Verification, read_manifest
 from aesanet.cli.main import main
+from aesanet.cli.verify import _worst
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.runtime.backends.base import Backend
@@ -406,3 +407,14 @@ def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint,
     assert "page.html: not a place for a page" in capsys.readouterr().err
     assert check(bundle, tiny_checkpoint, "--html", bundle / "bundle.json", "--backend", "openvino") == 2
     assert "outside the bundle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "rounding", "worst"), [(0.5, 0.0, 3), (np.nan, 0.0, 3), (0.012, 0.01, 1)])
+def test_layers_are_compared_on_the_window_that_is_furthest_off(value, rounding, worst):
+    """As a share of what is allowed there, on whichever engine; one that could not be opened has no scores."""
+    scores = np.zeros((5, 4))
+    reference = Reference([], scores, np.array([0, 0, 0, rounding, 0]))
+    one, two = scores.copy(), scores.copy()
+    one[1, 2], two[3, 0] = 1e-3, value
+    assert _worst(reference, [one, None, two]) == worst
+    assert _worst(reference, [None]) == 0
