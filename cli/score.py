@@ -63,7 +63,8 @@ def score(
     """
     from tqdm import tqdm
 
-    from aesanet.runtime.rows import count_rows, read_rows, write_row
+    from aesanet.runtime.inputs import count_rows, read_rows
+    from aesanet.runtime.rows import write_row
     from aesanet.runtime.scorer import Scorer
 
     if out is not None:

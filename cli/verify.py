@@ -68,7 +68,7 @@ def verify(
         from aesanet.benchmarks.parity import verify as hold
         from aesanet.models.checkpoint import load_checkpoint
     from aesanet.models import demo
-    from aesanet.runtime.rows import read_rows
+    from aesanet.runtime.inputs import read_rows
     from aesanet.runtime.scorer import open_files
 
     files = open_files(bundle)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError, InputError
-from aesanet.runtime.rows import Clip, Row, count_rows, failed_row, read_rows, scored_row, write_row
+from aesanet.runtime.inputs import count_rows, read_rows
+from aesanet.runtime.rows import Clip, Row, failed_row, scored_row, write_row
 
 
 def given_rows(*inputs):

@@ -1,0 +1,119 @@
+"""Inputs become rows: files, folders, globs, manifests and standard input."""
+
+import csv
+import glob
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+from aesanet.errors import ClipError, InputError
+from aesanet.runtime.rows import Row
+
+MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
+
+# What a folder is searched for; other files in it are not audio. A file named outright is opened whatever its name.
+AUDIO_SUFFIXES = frozenset(
+    ".wav .wave .flac .mp3 .ogg .oga .opus .aif .aiff .aifc .au .snd .caf .w64 .rf64"
+    " .m4a .mp4 .aac .wma .webm .amr .gsm".split()
+)
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
+
+
+def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
+    """Rows of all inputs, in order.
+
+    An input is an audio file, a folder (searched recursively, in the order of names), a glob, a manifest
+    (.jsonl, .csv, .tsv) or `-`: JSON lines or plain paths from standard input. A file that does not exist is a row,
+    whose clip then has the error, and so is a folder that cannot be read; a manifest that cannot raises InputError.
+    """
+    for name in inputs:
+        if name == "-":
+            yield from _lines(sys.stdin.buffer)
+        elif os.path.isdir(name):
+            yield from _folder(name)
+        elif name.lower().endswith(MANIFEST_SUFFIXES):
+            yield from _manifest(name)
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            for path in sorted(glob.glob(name, recursive=True)) or [name]:
+                if os.path.isdir(path):
+                    yield from _folder(path)
+                else:
+                    yield Row({"path": path})
+        else:
+            yield Row({"path": name})
+
+
+def count_rows(inputs: Sequence[str]) -> int | None:
+    """How many rows `read_rows` will give, or None where that cannot be known beforehand."""
+    return None if "-" in inputs else sum(1 for _ in read_rows(inputs))
+
+
+def _folder(folder: str) -> Iterator[Row]:
+    """Rows of a folder's audio files; a folder in it that cannot be read is a row too, with its error."""
+    unread: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=unread.append):
+        folders.sort()
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES:
+                yield Row({"path": os.path.join(parent, name)})
+    for error in unread:
+        yield Row({"path": error.filename}, ClipError("not_readable", f"a folder: {error.strerror}"))
+
+
+def _manifest(name: str) -> Iterator[Row]:
+    try:
+        with open(name, "rb") as file:
+            if name.lower().endswith((".csv", ".tsv")):
+                yield from _table(name, file, "\t" if name.lower().endswith(".tsv") else ",")
+            else:
+                yield from _lines(file)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[Row]:
+    """JSON objects or plain paths, one a line; empty lines are no rows."""
+    for line in file:
+        text = os.fsdecode(line.removeprefix(BYTE_ORDER_MARK)).strip("\r\n")
+        if text.strip():
+            yield _json_row(text) if text.lstrip().startswith(("{", "[")) else Row({"path": text})
+
+
+def _json_row(text: str) -> Row:
+    try:
+        given = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        return Row({"line": text}, ClipError("bad_row", f"not a JSON object: {error}"))
+    if not isinstance(given, dict):
+        return Row({"line": text}, ClipError("bad_row", f"a JSON {type(given).__name__}; it must be an object"))
+    return Row(given)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a number that JSON can hold")
+    return number
+
+
+def _table(name: str, file: BinaryIO, delimiter: str) -> Iterator[Row]:
+    file.seek(len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0)
+    text: Iterable[str] = (os.fsdecode(line) for line in file)
+    table = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(table, [])
+        if "path" not in header or len(set(header)) < len(header):
+            raise InputError(f"{name}: its columns are {header}; it must have a `path`, and no name twice")
+        for fields in table:
+            if not fields:
+                continue
+            if len(fields) == len(header):
+                yield Row(dict(zip(header, fields, strict=True)))
+            else:
+                line = delimiter.join(fields)
+                yield Row({"line": line}, ClipError("bad_row", f"{len(fields)} fields; the header has {len(header)}"))
+    except csv.Error as error:
+        raise InputError(f"{name}: line {table.line_num}: {error}") from None
