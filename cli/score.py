@@ -3,21 +3,21 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from aesanet.axes import AXES
+from aesanet import __version__
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.cli.options import engine_options
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:
+    from aesanet.runtime.decode import ChannelPolicy
     from aesanet.runtime.scorer import Scorer
 
 # What is said of scores by what their weights were made from.
@@ -32,9 +32,14 @@ _WORTH = {
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the rows to this file as JSON lines, not to stdout."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write the rows to this file, not to stdout: JSON lines, or Parquet where it ends so.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the --out file if it exists.")
+@click.option(
+    "--resume", is_flag=True, help="Go on where an earlier run into the --out file stopped, if there was one."
+)
 @click.option(
     "--format",
     "layout",
@@ -43,6 +48,25 @@ _WORTH = {
     show_default=True,
     help="Of stdout; auto is a table on a terminal.",
 )
+@click.option("--per-window", is_flag=True, help="Keep the scores of each window, with its start and end.")
+@click.option("--embeddings", is_flag=True, help="Keep the mean of the encoder's features.")
+@click.option(
+    "--channels",
+    type=click.Choice(["mean", "left", "loudest"]),
+    default="mean",
+    show_default=True,
+    help="What of several channels is scored.",
+)
+@click.option("--unordered", is_flag=True, help="Write rows as they are done, not in the order of the input.")
+@click.option(
+    "--max-batch-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of audio in a batch, padding included.  [default: what suits the engine]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that decode.  [default: one a core that may be used]"
+)
+@click.option("--profile", is_flag=True, help="Say at the end where the time went.")
 @engine_options
 @click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]")
 def score(
@@ -50,7 +74,15 @@ def score(
     inputs: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    resume: bool,
     layout: str,
+    per_window: bool,
+    embeddings: bool,
+    channels: "ChannelPolicy",
+    unordered: bool,
+    max_batch_seconds: float | None,
+    workers: int | None,
+    profile: bool,
     threads: int | None,
     **engine: Any,
 ) -> None:
@@ -61,58 +93,75 @@ def score(
 
     Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start or go on, 130 interrupted.
     """
-    from tqdm import tqdm
-
+    from aesanet.bundle import graphs_used
+    from aesanet.cli.sinks import check_out, open_sink
+    from aesanet.cli.watch import Watch
     from aesanet.runtime.inputs import count_rows, read_rows
-    from aesanet.runtime.rows import write_row
-    from aesanet.runtime.scorer import Scorer
+    from aesanet.runtime.pipeline import GroupEnd
+    from aesanet.runtime.scorer import Scorer, output_row
 
-    if out is not None:
-        _check_out(out, overwrite, inputs)
+    check_out(out, overwrite, resume, inputs)
     total = count_rows(inputs)
     if total == 0:
         raise InputError(f"no audio in {', '.join(inputs)}")
     scorer = Scorer.open(bundle, threads=threads, **engine)
+    settings = scorer.settings(workers, max_batch_seconds, ordered=not unordered, embeddings=embeddings)
     note(f"{scorer.backend.name} ({scorer.reason})")
+    note(f"batches of up to {settings.batch_seconds:g} s of audio, decoded in {settings.workers} threads")
     for line in (_WORTH[scorer.manifest.weights], _checked(scorer)):
         if line is not None:
             note(line)
+    run = {
+        "the graphs": graphs_used(scorer.manifest, scorer.backend.precision),
+        "the engine": [scorer.backend.name, scorer.backend.kind, threads],
+        "--max-batch-seconds": settings.batch_seconds,
+        "--channels": channels,
+        "--unordered": unordered,
+        "--per-window": per_window,
+        "--embeddings": embeddings,
+        "aesanet": __version__,
+    }
 
-    rows = failed = 0
-    seconds = 0.0
-    started = time.monotonic()
-    try:
-        with ExitStack() as stack:
-            file = sys.stdout if out is None else stack.enter_context(_create(out))
-            table = out is None and (layout == "table" or (layout == "auto" and file.isatty()))
-            if table:
-                _write_header(file)
-            bar = stack.enter_context(tqdm(total=total, unit=" clip", disable=None, leave=False, file=sys.stderr))
-            interrupted = stack.enter_context(_interrupts())
-            for row in scorer.stream(read_rows(inputs)):
-                with tqdm.external_write_mode(file=file):
-                    (_write_line if table else write_row)(file, row)
-                rows += 1
-                failed += "error" in row
-                seconds += row.get("seconds", 0.0)
-                bar.set_postfix_str(f"{seconds / 3600 / (time.monotonic() - started):.3f} h of audio/s", refresh=False)
-                bar.update()
-                if interrupted():
-                    break
-    except BrokenPipeError:
-        # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_ROWS_FAILED)
-    except OSError as error:
-        raise InputError(f"{out or 'stdout'}: {error.strerror} after {rows} rows") from None
+    rows = read_rows(inputs)
+    with ExitStack() as stack:
+        sink = stack.enter_context(closing(open_sink(out, layout, run)))
+        if not resume:
+            sink.begin()
+        elif sink.resume(rows, ordered=not unordered):
+            note(f"going on after {sink.tally.rows} rows that are done")
+        pipeline = scorer.pipeline(rows, settings, channels=channels)
+        interrupted = stack.enter_context(_interrupts(pipeline.stop))
+        watch = stack.enter_context(Watch(pipeline, sink.tally, total, settings.workers))
+        try:
+            for found in pipeline.run():
+                if isinstance(found, GroupEnd):
+                    if not interrupted():  # what was cut short is made again
+                        sink.mark()
+                    continue
+                with watch.quiet():
+                    sink.write(output_row(*found, per_window))
+                watch.tell()
+            if not interrupted():
+                sink.finish()
+        except BrokenPipeError:
+            # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_ROWS_FAILED)
+        except OSError as error:
+            go_on = "; with room again, --resume goes on" if out is not None else ""
+            raise InputError(f"{out or 'stdout'}: {error.strerror} after {sink.tally.rows} rows{go_on}") from None
 
-    took = time.monotonic() - started
-    speed = f"{seconds:.1f} s of audio in {took:.1f} s ({seconds / took:.0f} x real time)"
-    note(f"{rows - failed} of {rows} clips scored, {speed}")
+    tally = sink.tally
+    note(f"{tally.rows - tally.failed} of {tally.rows} clips scored, {watch.speed()}")
+    if profile:
+        for line in watch.profile():
+            note(line)
     if interrupted():
-        note(f"interrupted after {rows} rows{'' if total is None else f' of {total}'}, all of them written")
+        note(f"interrupted after {tally.rows} rows{'' if total is None else f' of {total}'}, all of them written")
+        if out is not None:
+            note("the same command with --resume, and without --overwrite, goes on from there")
         sys.exit(EXIT_INTERRUPTED)
-    if failed:
+    if tally.failed:
         sys.exit(EXIT_ROWS_FAILED)
 
 
@@ -132,8 +181,8 @@ def _checked(scorer: "Scorer") -> str | None:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Let the row in hand be finished when Ctrl-C is pressed; yields a function that tells whether it was."""
+def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the rows in hand be finished when Ctrl-C is pressed; yields a function that tells whether it was."""
     pressed = False
 
     def press(signum: int, frame: FrameType | None) -> None:
@@ -141,47 +190,11 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        note("finishing the clip in hand; Ctrl-C once more stops at once")
+        stop()
+        note("finishing the rows in hand; Ctrl-C once more stops at once")
 
     before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _check_out(out: Path, overwrite: bool, inputs: tuple[str, ...]) -> None:
-    if any(os.path.exists(name) and out.exists() and os.path.samefile(name, out) for name in inputs):
-        raise InputError(f"{out}: is one of the inputs; give --out another name")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out}: exists; give --overwrite to replace it, or another name")
-
-
-def _create(out: Path) -> TextIO:
-    try:
-        return open(out, "w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror}") from None
-
-
-_NAME_WIDTH = 48
-
-
-def _write_header(file: TextIO) -> None:
-    file.write(f"{'clip':{_NAME_WIDTH}}" + "".join(f"{axis:>7}" for axis in AXES) + f"{'seconds':>10}\n")
-    file.flush()
-
-
-def _write_line(file: TextIO, row: dict[str, Any]) -> None:
-    """One line for people; a long path keeps its end."""
-    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(row.get("path", row.get("line", ""))))
-    name = name.encode(file.encoding, "backslashreplace").decode(file.encoding)
-    name = name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]
-    if "error" in row:
-        what = f"  {row['error']['code']}: {row['error']['message']}"
-    else:
-        what = "".join(f"{row[axis]:7.3f}" for axis in AXES) + f"{row['seconds']:10.2f}"
-        if "truncated" in row:
-            what += f"  truncated: the header says {row['truncated']['header_seconds']:.2f} s"
-    file.write(f"{name:{_NAME_WIDTH}}{what}\n")
-    file.flush()

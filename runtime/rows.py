@@ -75,27 +75,36 @@ def file_name(path: Any) -> str:
 
 def failed_row(row: Row, error: ClipError) -> dict[str, Any]:
     """The output row of a clip that could not be scored."""
-    return {**_own(row.given), "error": {"code": error.code, "message": error.message}}
+    return {**own_keys(row.given), "error": {"code": error.code, "message": error.message}}
 
 
 def scored_row(row: Row, scores: Mapping[str, Any]) -> dict[str, Any]:
     """The output row of a scored clip: the row's own keys, then what was measured."""
-    return {**_own(row.given), **scores}
+    return {**own_keys(row.given), **scores}
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON that UTF-8 can hold."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a path that is not UTF-8: as escapes, which read back the same
+        text = json.dumps(row, allow_nan=False)
+    return text + "\n"
 
 
 def write_row(file: TextIO, row: Mapping[str, Any]) -> None:
     """One JSON line, flushed."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
-        file.write(text + "\n")
-    except UnicodeEncodeError:
-        # A path that is not UTF-8, or a terminal that is not: as escapes, which read back the same.
+        file.write(row_line(row))
+    except UnicodeEncodeError:  # a terminal that is not UTF-8
         file.write(json.dumps(row, allow_nan=False) + "\n")
     file.flush()
 
 
-def _own(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key not in OUTPUT_KEYS}
+def own_keys(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What an input row came with, of an input row or the output row that became of it."""
+    return {key: value for key, value in row.items() if key not in OUTPUT_KEYS}
 
 
 def _seconds(name: str, value: Any) -> float | None:

@@ -1,32 +1,30 @@
 """Scores from a bundle and audio: the one object that users hold."""
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import Manifest, graph_file, read_manifest
 from aesanet.errors import ClipError
-from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
+from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Pending, Precision
-from aesanet.runtime.decode import ClipReader, checked_mono, checked_rate, resample
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
+from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
+from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
 from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
-from aesanet.runtime.windows import pad_batch, split_windows
+from aesanet.runtime.segments import Blocks, Source, failed_source, file_sources
 
 Audio: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A file, or samples with their rate in Hz."""
 OneAudio = TypeVar("OneAudio", bound=Audio)
 
-# A batch of windows from one clip: enough to fill the cores, and little memory.
-BATCH_WINDOWS = 4
-_BATCHES_AHEAD = 2
+_MOST_WORKERS: Final = 32  # threads that decode: Python itself is the limit long before
 
 
 @dataclass(frozen=True)
@@ -84,71 +82,103 @@ class Scorer:
 
         One clip that cannot be scored raises ClipError; in a list, the error stands in the clip's place.
         """
-        if not isinstance(audio, list):
-            return self._score_one(audio)
-        results: list[ClipScores | ClipError] = []
-        for one in audio:
-            try:
-                results.append(self._score_one(one))
-            except ClipError as error:
-                results.append(error)
-        return results
+        if isinstance(audio, list):
+            return list(self._scored(audio, min(len(audio), self.settings().workers)))
+        (outcome,) = self._scored([audio], workers=0 if isinstance(audio, tuple) else 1)
+        if isinstance(outcome, ClipError):
+            raise outcome
+        return outcome
 
-    def stream(self, rows: Iterable[Row | Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Score rows as they come; each gives exactly one output row, in order.
+    def stream(
+        self,
+        rows: Iterable[Row | Mapping[str, Any]],
+        *,
+        workers: int | None = None,
+        max_batch_seconds: float | None = None,
+        channels: ChannelPolicy = "mean",
+        per_window: bool = False,
+        embeddings: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        """Score any number of rows; each gives exactly one output row, in order, and memory does not grow.
 
-        An input row is a mapping with `path` and perhaps `start_time` and `end_time` in seconds. An output row has the
-        input row's own keys, then `CE`, `CU`, `PC`, `PQ`, `seconds` and, where the file ended before its header said,
-        `truncated`; or `error` with `code` and `message`.
+        rows              : mappings with `path` and perhaps `start_time` and `end_time` in seconds
+        workers           : threads that decode; by default as many as there are cores
+        max_batch_seconds : of audio in a batch, padding included; by default what suits the engine
+        channels          : their mean, the left one, or the loudest one
+        per_window        : keep each window's scores, as `windows`
+        embeddings        : keep the mean of the encoder's features, as `embedding`
+
+        Rows are taken ahead, and come out in groups: see `OUTPUT_KEYS` for what an output row has beside its own keys.
         """
-        for given in rows:
-            row = given if isinstance(given, Row) else Row(given)
-            try:
-                reader = ClipReader(row.clip())
-                scores = asdict(self._score_clip(reader))
-            except ClipError as error:
-                yield failed_row(row, error)
-                continue
-            if reader.truncated:
-                scores["truncated"] = {"decoded_seconds": reader.seconds, "header_seconds": reader.claimed_seconds}
-            yield scored_row(row, scores)
+        pipeline = self.pipeline(
+            rows, self.settings(workers, max_batch_seconds, embeddings=embeddings), channels=channels
+        )
+        for found in pipeline.run():
+            if not isinstance(found, GroupEnd):
+                yield output_row(*found, per_window)
 
-    def _score_one(self, audio: Audio) -> ClipScores:
-        if isinstance(audio, str | os.PathLike):
-            return self._score_clip(ClipReader(Clip(file_name(audio))))
-        if not isinstance(audio, tuple) or len(audio) != 2:
-            raise TypeError(f"audio is a {type(audio).__name__}; give a path, (samples, rate), or a list of these")
-        samples, rate = _mono(audio[0]), checked_rate(int(audio[1]))
-        return _rounded(self._mean_scores(resample(iter([samples]), rate)), len(samples) / rate)
+    def settings(
+        self,
+        workers: int | None = None,
+        max_batch_seconds: float | None = None,
+        *,
+        ordered: bool = True,
+        embeddings: bool = False,
+    ) -> Settings:
+        """How a pipeline runs on this engine where nothing else is said."""
+        window_seconds = self.manifest.window.window_seconds
+        return Settings(
+            workers=min(usable_cores(), _MOST_WORKERS) if workers is None else workers,
+            batch_seconds=max_batch_seconds or self.backend.batch_seconds(window_seconds),
+            ordered=ordered,
+            embeddings=embeddings,
+        )
 
-    def _score_clip(self, reader: ClipReader) -> ClipScores:
-        return _rounded(self._mean_scores(iter(reader)), reader.seconds)
+    def pipeline(
+        self, rows: Iterable[Row | Mapping[str, Any]], settings: Settings, *, channels: ChannelPolicy = "mean"
+    ) -> Pipeline[Row]:
+        """A run over rows, for those who want to know where groups end and where the time goes."""
+        return Pipeline(file_sources(rows, channels), self.backend, self.manifest.window, settings)
 
-    def _mean_scores(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
-        """Blocks of 16 kHz mono to float64 [4]: the mean over windows, weighted by their lengths."""
-        # A last window without one patch of its own (0.175 s) cannot be seen by the network, and is left out.
-        windows = (window for window in split_windows(blocks, self.manifest.window) if len(window) >= MIN_SAMPLES)
-        weighted_sum, weight = np.zeros(len(AXES)), 0
-        for num_samples, scores in self._batch_scores(windows):
-            weighted_sum += num_samples @ scores.astype(np.float64)
-            weight += int(num_samples.sum())
-        if not weight:
-            raise ClipError("too_short", f"shorter than {MIN_SAMPLES / SAMPLE_RATE} s, the least that can be scored")
-        if not np.isfinite(weighted_sum).all():
-            raise ClipError("bad_score", f"{self.backend.name} gave {weighted_sum / weight}")
-        return weighted_sum / weight
+    def _scored(self, audio: Iterable[Audio], workers: int) -> Iterator[ClipScores | ClipError]:
+        settings = self.settings(workers)
+        for found in Pipeline(map(_source, audio), self.backend, self.manifest.window, settings).run():
+            if not isinstance(found, GroupEnd):
+                outcome = found[1]
+                yield outcome if isinstance(outcome, ClipError) else _clip_scores(outcome)
 
-    def _batch_scores(self, windows: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """num_samples and scores of each batch in order; the next ones are under way while one is waited for."""
-        under_way: deque[tuple[np.ndarray, Pending]] = deque()
-        while batch := list(islice(windows, BATCH_WINDOWS)):
-            waveform, num_samples = pad_batch(batch)
-            under_way.append((num_samples, self.backend.submit(waveform, num_samples)))
-            if len(under_way) > _BATCHES_AHEAD:
-                num_samples, scores = under_way.popleft()
-                yield num_samples, scores()
-        for num_samples, scores in under_way:
-            yield num_samples, scores()
+
+def output_row(row: Row, outcome: Scored | ClipError, per_window: bool = False) -> dict[str, Any]:
+    """What is written of a row: its own keys, then its scores and what they are of, or why there are none."""
+    if isinstance(outcome, ClipError):
+        return failed_row(row, outcome)
+    heard = outcome.heard
+    start = row.clip().start_seconds or 0.0
+    found: dict[str, Any] = {
+        **_by_axis(outcome.scores),
+        "start_seconds": round(start, 6),
+        "end_seconds": round(start + heard.seconds, 6),
+        "seconds": round(heard.seconds, 6),
+        "sample_rate": heard.sample_rate,
+        "channels": heard.channels,
+        "truncated": heard.truncated,
+    }
+    if heard.truncated and heard.header_seconds is not None:
+        found["header_seconds"] = round(heard.header_seconds, 6)
+    if heard.silence is not None:
+        found["silence"] = heard.silence
+    if per_window:
+        found["windows"] = [
+            {
+                "start_seconds": round(start + window.start_seconds, 6),
+                "end_seconds": round(start + window.start_seconds + window.seconds, 6),
+                **_by_axis(window.scores),
+            }
+            for window in outcome.windows
+        ]
+    if outcome.embedding is not None:
+        found["embedding"] = [float(f"{value:.6g}") for value in outcome.embedding]
+    return scored_row(row, found)
 
 
 def open_files(bundle: str | Path) -> BundleFiles:
@@ -162,10 +192,37 @@ def open_files(bundle: str | Path) -> BundleFiles:
     )
 
 
-def _rounded(scores: np.ndarray, seconds: float) -> ClipScores:
+def _by_axis(scores: np.ndarray) -> dict[str, float]:
     """To six decimals, which is finer than FP32 tells scores of 0-10 apart."""
-    ce, cu, pc, pq = (round(float(score), 6) for score in scores)
-    return ClipScores(ce, cu, pc, pq, round(seconds, 6))
+    return {axis: round(float(score), 6) for axis, score in zip(AXES, scores, strict=True)}
+
+
+def _clip_scores(scored: Scored) -> ClipScores:
+    return ClipScores(**_by_axis(scored.scores), seconds=round(scored.heard.seconds, 6))
+
+
+def _source(audio: Audio) -> Source[Audio]:
+    """One clip of a caller."""
+    if isinstance(audio, str | os.PathLike):
+        try:
+            return Source([audio], partial(decode, [Clip(file_name(audio))]))
+        except ClipError as error:
+            return failed_source(audio, error)
+    if not isinstance(audio, tuple) or len(audio) != 2:
+        raise TypeError(f"audio is a {type(audio).__name__}; give a path, (samples, rate), or a list of these")
+    return Source([audio], partial(_decode_array, *audio))
+
+
+def _decode_array(samples: np.ndarray, rate: int) -> Blocks:
+    """Samples of a caller, as `decode` gives those of files."""
+    try:
+        mono, rate = _mono(samples), checked_rate(int(rate))
+    except ClipError as error:
+        yield 0, error
+        return
+    for block in resample(iter([mono]), rate):
+        yield 0, block
+    yield 0, Heard(len(mono) / rate, None, rate, np.asarray(samples).reshape(len(mono), -1).shape[1], None)
 
 
 def _mono(samples: np.ndarray) -> np.ndarray:

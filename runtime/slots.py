@@ -1,6 +1,6 @@
 """A batch on its way through a GPU: what is scored, what it holds meanwhile, and what comes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,11 @@ class Part:
     """A batch that was given to the streams; its scores are in its slot until another batch takes that."""
 
     slot: Slot
-    count: int
+    num_tokens: np.ndarray
+    """Of each clip, int64 [batch]; the slot's memory, as the features are."""
     owner: Any
     """An array of somebody else that is being read."""
+    features: np.ndarray | None = None
+    """What they are copied to where embeddings are asked for, float32 [rows, tokens, width]."""
     scores: np.ndarray | None = None
+    embeddings: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))

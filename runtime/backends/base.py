@@ -4,17 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from aesanet.bundle import GraphName, Manifest
+from aesanet.errors import BackendError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
 
 Pending: TypeAlias = Callable[[], np.ndarray]
 """Waits for a batch's scores and returns them, float32 [batch, 4]; may be called again."""
+PendingEmbedded: TypeAlias = Callable[[], tuple[np.ndarray, np.ndarray]]
+"""The same with the clips' embeddings, float32 [batch, width]."""
+
+_CPU_BATCH_WINDOWS: Final = 4  # enough to fill the cores, and little memory
 
 
 class Backend(ABC):
@@ -39,6 +44,19 @@ class Backend(ABC):
         """Begin to score a batch, as `scores` takes it. An engine of its own memory goes on while the caller does."""
         scores = self.scores(waveform, num_samples)
         return lambda: scores
+
+    def submit_embedded(self, waveform: np.ndarray, num_samples: np.ndarray) -> PendingEmbedded:
+        """Begin to score and embed a batch; a clip's embedding is the mean of the encoder's features over its tokens."""
+        raise BackendError(f"{self.name} gives no embeddings")
+
+    def batch_seconds(self, window_seconds: float) -> float:
+        """Of audio, padding included, in the batches that this engine runs best, for windows of a bundle's length."""
+        return _CPU_BATCH_WINDOWS * window_seconds
+
+
+def mean_over_tokens(features: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+    """float32 [batch, tokens, width] -> float32 [batch, width]: each clip's mean over its own first `num_tokens`."""
+    return np.stack([own[:count].mean(axis=0) for own, count in zip(features, num_tokens, strict=True)])
 
 
 @dataclass(frozen=True)

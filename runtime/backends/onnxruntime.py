@@ -1,14 +1,24 @@
 """ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
+from aesanet.runtime.backends.base import (
+    Backend,
+    BundleFiles,
+    Device,
+    PendingEmbedded,
+    Precision,
+    Support,
+    mean_over_tokens,
+)
+
+_GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
 
 
 class OnnxRuntimeBackend(Backend):
@@ -39,11 +49,25 @@ class OnnxRuntimeBackend(Backend):
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
+        return self._features_and_scores(waveform, num_samples)[1]
+
+    def submit_embedded(self, waveform: np.ndarray, num_samples: np.ndarray) -> PendingEmbedded:
+        """As `Backend.submit_embedded`."""
+        features, scores = self._features_and_scores(waveform, num_samples)
+        found = scores, mean_over_tokens(features.numpy(), num_tokens(num_samples))
+        return lambda: found
+
+    def batch_seconds(self, window_seconds: float) -> float:
+        """As `Backend.batch_seconds`."""
+        return _GPU_BATCH_WINDOWS * window_seconds if self._device == "cuda" else super().batch_seconds(window_seconds)
+
+    def _features_and_scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> tuple[Any, np.ndarray]:
+        """The features as a value of ONNX Runtime, wherever they are, and the scores."""
         tokens = num_tokens(num_samples)
         fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device)
         features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens}, "features", self._device)
         scores = _run(self._head, {"features": features, "num_tokens": tokens}, "scores", "cpu")
-        return np.asarray(scores.numpy())
+        return features, np.asarray(scores.numpy())
 
 
 def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device) -> Any:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from aesanet.lengths import num_tokens
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
+from aesanet.runtime.backends.base import (
+    Backend,
+    BundleFiles,
+    Device,
+    PendingEmbedded,
+    Precision,
+    Support,
+    mean_over_tokens,
+)
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -37,11 +45,21 @@ class OpenVINOBackend(Backend):
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
-        tokens = num_tokens(num_samples)
         with self._turn:
-            fbank = _run(self._frontend, {"waveform": waveform})
-            features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens})
-            return _run(self._head, {"features": features, "num_tokens": tokens}).copy()
+            return self._features_and_scores(waveform, num_samples)[1].copy()
+
+    def submit_embedded(self, waveform: np.ndarray, num_samples: np.ndarray) -> PendingEmbedded:
+        """As `Backend.submit_embedded`."""
+        with self._turn:
+            features, scores = self._features_and_scores(waveform, num_samples)
+            found = scores.copy(), mean_over_tokens(features, num_tokens(num_samples))
+        return lambda: found
+
+    def _features_and_scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens = num_tokens(num_samples)
+        fbank = _run(self._frontend, {"waveform": waveform})
+        features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens})
+        return features, _run(self._head, {"features": features, "num_tokens": tokens})
 
 
 def support() -> Support:

@@ -22,7 +22,16 @@ from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineM
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Pending, Precision, Support
+from aesanet.runtime.backends.base import (
+    Backend,
+    BundleFiles,
+    Device,
+    Pending,
+    PendingEmbedded,
+    Precision,
+    Support,
+    mean_over_tokens,
+)
 from aesanet.runtime.device import Blocks, CudaDevice
 from aesanet.runtime.shapes import Profile, choose_profile
 from aesanet.runtime.slots import Batch, Part, Slot
@@ -94,6 +103,25 @@ class TensorRTBackend(Backend):
 
         Raises BackendError, or DeviceMemoryError where not even one clip fits into the GPU's memory.
         """
+        parts = self._submit(waveform, num_samples, stream, embedded=False)
+        return lambda: np.concatenate([self._wait(part)[0] for part in parts])
+
+    def submit_embedded(self, waveform: Any, num_samples: np.ndarray, stream: Any = None) -> PendingEmbedded:
+        """As `submit`, with embeddings; the features that they are the means of are copied to the host."""
+        parts = self._submit(waveform, num_samples, stream, embedded=True)
+
+        def wait() -> tuple[np.ndarray, np.ndarray]:
+            scores, embeddings = zip(*(self._wait(part) for part in parts), strict=True)
+            return np.concatenate(scores), np.concatenate(embeddings)
+
+        return wait
+
+    def batch_seconds(self, window_seconds: float) -> float:
+        """As `Backend.batch_seconds`: the batch that the profile of a bundle's windows was compiled for."""
+        profile = choose_profile(self.profiles, round(window_seconds * SAMPLE_RATE))
+        return profile.max_batch * window_seconds
+
+    def _submit(self, waveform: Any, num_samples: np.ndarray, stream: Any, embedded: bool) -> list[Part]:
         with self._lock, self._device.current():
             batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
             profile = choose_profile(self.profiles, batch.samples)
@@ -101,7 +129,7 @@ class TensorRTBackend(Backend):
             try:
                 while len(batch.num_samples):
                     most = self._most[profile.index]
-                    part = self._launch_or_shrink(profile, batch.first(most))
+                    part = self._launch_or_shrink(profile, batch.first(most), embedded)
                     if part is not None:
                         parts.append(part)
                         batch = batch.after(most)
@@ -109,7 +137,7 @@ class TensorRTBackend(Backend):
                 with suppress(BackendError):  # which may be the same once more
                     self._drain()
                 raise
-        return lambda: np.concatenate([self._wait(part) for part in parts])
+        return parts
 
     def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> Batch:
         array: np.ndarray | DeviceArray
@@ -131,20 +159,20 @@ class TensorRTBackend(Backend):
             )
         return Batch(array, num_samples, stream)
 
-    def _launch_or_shrink(self, profile: Profile, batch: Batch) -> Part | None:
+    def _launch_or_shrink(self, profile: Profile, batch: Batch, embedded: bool) -> Part | None:
         """Launch a batch; where memory is full, first give all of ours back, then take half as many clips."""
         try:
-            return self._launch(profile, batch)
+            return self._launch(profile, batch, embedded)
         except DeviceMemoryError:
             self._drain()
             self._blocks.clear()
         try:
-            return self._launch(profile, batch)
+            return self._launch(profile, batch, embedded)
         except DeviceMemoryError as error:
             self._halve(profile, len(batch.num_samples), error)
             return None
 
-    def _launch(self, profile: Profile, batch: Batch) -> Part:
+    def _launch(self, profile: Profile, batch: Batch, embedded: bool) -> Part:
         """Give one batch to the streams; the scores of the one whose slot it takes are brought to safety first."""
         slot = self._slots[self._turn]
         self._finish(slot)
@@ -194,9 +222,13 @@ class TensorRTBackend(Backend):
         )
         found = slot.host("scores", np.float32, (rows, len(AXES)))
         self._device.copy_out(found, blocks["scores"], self._scoring)
+        kept = None
+        if embedded:
+            kept = slot.host("features", np.float32, (rows, num_tokens(samples), self._width))
+            self._device.copy_out(kept, features, self._scoring)
         self._device.record(slot.done, self._scoring)
 
-        slot.part = Part(slot, count, batch.waveform if lent else None)
+        slot.part = Part(slot, counted[:count], batch.waveform if lent else None, kept)
         self._turn = (self._turn + 1) % len(self._slots)
         return slot.part
 
@@ -255,7 +287,8 @@ class TensorRTBackend(Backend):
         for stage in self._stages:
             stage.forget_graphs()
 
-    def _wait(self, part: Part) -> np.ndarray:
+    def _wait(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """A part's scores, and its embeddings or nothing."""
         if part.scores is None:
             with self._device.current():
                 self._device.synchronize(part.slot.done)  # without the lock, so that others can submit meanwhile
@@ -263,14 +296,16 @@ class TensorRTBackend(Backend):
                     if part.slot.part is part:
                         self._finish(part.slot)
         assert part.scores is not None
-        return part.scores
+        return part.scores, part.embeddings
 
     def _finish(self, slot: Slot) -> None:
         """Wait for a slot's batch, if it has one, and take its scores out."""
         if (part := slot.part) is not None:
             self._device.synchronize(slot.done)
-            part.scores = slot.host("scores", np.float32, (part.count, len(AXES))).copy()
-            part.owner = slot.part = None
+            part.scores = slot.host("scores", np.float32, (len(part.num_tokens), len(AXES))).copy()
+            if part.features is not None:
+                part.embeddings = mean_over_tokens(part.features[: len(part.num_tokens)], part.num_tokens)
+            part.owner = part.features = slot.part = None
 
 
 def _close(

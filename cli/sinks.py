@@ -1,0 +1,141 @@
+"""Where output rows go: JSON lines or a table on stdout, or a file that a run can be resumed in."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from aesanet.axes import AXES
+from aesanet.errors import InputError
+from aesanet.runtime.output import RowFile, Tally, state_of
+from aesanet.runtime.rows import Row, write_row
+
+_NAME_WIDTH = 48
+_PARQUET = ".parquet"
+
+
+class Sink(Protocol):
+    """What takes the rows of a run."""
+
+    tally: Tally
+
+    def begin(self) -> None:
+        """Start anew."""
+
+    def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
+        """As `RowFile.resume`."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take a row."""
+
+    def mark(self) -> None:
+        """As `RowFile.mark`."""
+
+    def finish(self) -> None:
+        """The run has come to its end."""
+
+    def close(self) -> None:
+        """Give back what is held."""
+
+
+class Stdout:
+    """Rows for a pipe, or a table for people; there is nothing to go on with."""
+
+    def __init__(self, table: bool) -> None:
+        self.tally = Tally()
+        self._write = _write_line if table else write_row
+        self._table = table
+
+    def begin(self) -> None:
+        """As `Sink.begin`."""
+        if self._table:
+            sys.stdout.write(f"{'clip':{_NAME_WIDTH}}" + "".join(f"{axis:>7}" for axis in AXES) + f"{'seconds':>10}\n")
+            sys.stdout.flush()
+
+    def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
+        """Nothing ever is."""
+        self.begin()
+        return False
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """As `Sink.write`."""
+        self._write(sys.stdout, row)
+        self.tally.add(row)
+
+    def mark(self) -> None:
+        """As `Sink.mark`."""
+
+    def finish(self) -> None:
+        """As `Sink.finish`."""
+
+    def close(self) -> None:
+        """As `Sink.close`."""
+
+
+class ParquetFile(RowFile):
+    """JSON lines while the run goes on, which become a Parquet file at its end."""
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        super().__init__(rows_file(path), run)
+        self._parquet = path
+
+    def finish(self) -> None:
+        """As `RowFile.finish`."""
+        from aesanet.runtime.parquet import write_parquet
+
+        write_parquet(self.path, self._parquet)
+        self.path.unlink()
+        super().finish()
+
+
+def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:
+    """The sink of a run; raises InputError or OSError."""
+    if out is None:
+        return Stdout(table=layout == "table" or (layout == "auto" and sys.stdout.isatty()))
+    try:
+        return (ParquetFile if out.suffix == _PARQUET else RowFile)(out, run)
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}") from None
+
+
+def rows_file(out: Path) -> Path:
+    """The JSON lines of a run: the output itself, or what lies beside it until it becomes Parquet."""
+    return out.with_name(out.name + ".partial.jsonl") if out.suffix == _PARQUET else out
+
+
+def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str, ...]) -> None:
+    """See that nothing is replaced by chance; raises InputError."""
+    if out is None:
+        if overwrite or resume:
+            raise InputError(f"--{'resume' if resume else 'overwrite'} is of a file: name one with --out")
+        return
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite: give one of them")
+    if any(os.path.exists(name) and out.exists() and os.path.samefile(name, out) for name in inputs):
+        raise InputError(f"{out}: is one of the inputs; give --out another name")
+    if overwrite or resume:
+        return
+    if state_of(rows_file(out)).exists():
+        raise InputError(f"{out}: an unfinished run is there; give --resume to go on, or --overwrite to start anew")
+    if out.exists():
+        raise InputError(f"{out}: exists; give --overwrite to replace it, or another name")
+
+
+def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
+    """One line for people; a long path keeps its end."""
+    name = str(row.get("path", row.get("line", "")))
+    name = f"{name}/{row['member']}" if "member" in row else name
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    name = name.encode(file.encoding, "backslashreplace").decode(file.encoding)
+    name = name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]
+    if "error" in row:
+        what = f"  {row['error']['code']}: {row['error']['message']}"
+    else:
+        what = "".join(f"{row[axis]:7.3f}" for axis in AXES) + f"{row['seconds']:10.2f}"
+        if row["truncated"]:
+            what += f"  truncated: the header says {row['header_seconds']:.2f} s"
+        if "silence" in row:
+            what += f"  {row['silence']} silence"
+    file.write(f"{name:{_NAME_WIDTH}}{what}\n")
+    file.flush()
