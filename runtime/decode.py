@@ -1,32 +1,83 @@
 """A file becomes 16 kHz mono, block by block: memory does not grow with the file, and no header is believed."""
 
-import errno
-import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import soundfile
 import soxr
 
 from aesanet.errors import ClipError
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.runtime.rows import Clip
+from aesanet.runtime.segments import Extent, Frames, check_samples, read_segments
+from aesanet.runtime.segments import checked_rate as checked_rate  # for samples that come without a file
+from aesanet.runtime.sources import Source, open_source
 
-BLOCK_SAMPLES = 2**18  # over all channels: 1 MB of float32 at a time, whatever a header claims
-LARGEST_SAMPLE = 2.0**31  # 32-bit integers written as floats; past it, energies overflow float32
-MIN_RATE, MAX_RATE = 1_000, 16_000_000  # Hz; below, a damaged header would make hours out of nothing
+ChannelPolicy = Literal["mean", "left", "loudest"]
+"""What of several channels is heard: their mean, the first, or the one with the most energy over the clip."""
+
 HEADER_SLACK_SECONDS = 0.1  # whole mp3 files say up to two frames of 36 ms more than they give
-UNKNOWN_FRAMES = 2**62  # libsndfile's answer for streams of unknown length is 2^63 - 1
-UNDECODABLE = (
-    "not a format that libsndfile decodes (wav, flac, mp3, ogg, opus, aiff, caf, w64, au and more), "
-    "or damaged at its start; convert it to one of these, with ffmpeg for instance"
-)
+DIGITAL_SILENCE = 2.0**-15  # peak to peak; one step of 16 bits
+NEAR_SILENCE = 1e-3  # RMS; -60 dBFS
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was decoded of a clip.
+
+    `silence` is "digital" where the mono signal moves by less than one 16-bit step, whatever its offset, and "near"
+    where its RMS about its mean is below -60 dBFS.
+    """
+
+    seconds: float  # decoded
+    header_seconds: float | None  # by the file's header; None where it says nothing
+    sample_rate: int  # Hz, of the file
+    channels: int  # of the file
+    silence: Literal["digital", "near"] | None
+
+    @property
+    def truncated(self) -> bool:
+        """Did the file end before its header said?"""
+        return self.header_seconds is not None and self.seconds < self.header_seconds - HEADER_SLACK_SECONDS
+
+
+def decode(
+    clips: Sequence[Clip], channels: ChannelPolicy = "mean"
+) -> Generator[tuple[int, np.ndarray | Heard | ClipError], None, None]:
+    """Clips of one file (the same path and member), in one pass over it; two for the loudest of several channels.
+
+    Yields (index into clips, float32 [samples] block at 16 kHz mono), any number of them, then exactly one
+    (index, Heard) or (index, ClipError) for each clip; never raises ClipError itself. A clip's samples are
+    bit-identical to those that it has alone, and from run to run.
+    """
+    waiting = set(range(len(clips)))
+    listeners: dict[int, _Listener] = {}
+    try:
+        with open_source(clips[0].path, clips[0].member) as source:
+            chosen = _chosen_channels(source, clips, channels)
+            with closing(read_segments(source, clips)) as parts:
+                for index, part in parts:
+                    if isinstance(part, Frames):
+                        if index not in listeners:
+                            listeners[index] = _Listener(part.rate, chosen.get(index))
+                        yield from ((index, block) for block in listeners[index].hear(part.samples))
+                        continue
+                    waiting.discard(index)
+                    if isinstance(part, ClipError):
+                        yield index, part
+                    else:
+                        listener = listeners.pop(index)
+                        yield from ((index, block) for block in listener.rest())
+                        yield index, listener.heard(part)
+    except ClipError as error:
+        for index in sorted(waiting):
+            yield index, error
 
 
 class ClipReader:
-    """Streams one clip; `seconds` and `claimed_seconds` are known when the iteration has ended.
+    """Streams one clip; `seconds`, `claimed_seconds` and `truncated` are known when the iteration has ended.
 
     Iterating yields float32 [samples] blocks, mono (the mean of the channels), 16 kHz, and raises ClipError.
     """
@@ -35,124 +86,113 @@ class ClipReader:
         self.clip = clip
         self.seconds = 0.0  # of the clip, as decoded
         self.claimed_seconds: float | None = None  # of the clip, by the file's header; None where it says nothing
-
-    @property
-    def truncated(self) -> bool:
-        """Did the file end before its header said?"""
-        return self.claimed_seconds is not None and self.seconds < self.claimed_seconds - HEADER_SLACK_SECONDS
+        self.truncated = False  # did the file end before its header said?
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with _open(self.clip.path) as file:
-            rate = checked_rate(file.samplerate)
-            first = round((self.clip.start_seconds or 0.0) * rate)
-            last = None if self.clip.end_seconds is None else round(self.clip.end_seconds * rate)
-            if file.frames < UNKNOWN_FRAMES:
-                claimed = file.frames if last is None else min(last, file.frames)
-                self.claimed_seconds = max(0, claimed - first) / rate
-            yield from resample(self._mono(file, first, last), rate)
-
-    def _mono(self, file: soundfile.SoundFile, first: int, last: int | None) -> Iterator[np.ndarray]:
-        """The clip's frames as float32 [frames], at the file's own rate, until the decoder gives no more."""
-        block_frames = max(1, BLOCK_SAMPLES // file.channels)
-        position = _seek(file, first)
-        decoded, damaged = 0, False
-        while not damaged and (last is None or position < last):
-            frames = block_frames if last is None else min(block_frames, last - position)
-            block = np.empty((frames, file.channels), np.float32)
-            try:
-                got = len(file.read(out=block))
-            except soundfile.LibsndfileError as error:
-                # What was decoded of this block before the damage is in it; the clip ends there.
-                got, damaged = file.tell() - position, True
-                if position + got <= 0:
-                    raise ClipError("undecodable", f"damaged at its start: {error.error_string}") from None
-            if got <= 0:
-                break
-            before = min(got, max(0, first - position))
-            position += got
-            decoded += got - before
-            self.seconds = decoded / file.samplerate
-            if got > before:
-                yield checked_mono(block[before:got])
-        if not decoded:
-            where = f" from {self.clip.start_seconds} s on" if first else ""
-            raise ClipError("no_audio", f"no samples{where}; the file holds {position / file.samplerate:g} s")
-
-
-def checked_rate(rate: int) -> int:
-    """The rate in Hz; raises ClipError unless it can be brought to 16 kHz."""
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise ClipError("bad_sample_rate", f"a sample rate of {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz can be resampled")
-    return rate
+        with closing(decode([self.clip])) as parts:
+            for _, part in parts:
+                if isinstance(part, ClipError):
+                    raise part
+                if isinstance(part, Heard):
+                    self.seconds, self.claimed_seconds, self.truncated = (
+                        part.seconds,
+                        part.header_seconds,
+                        part.truncated,
+                    )
+                else:
+                    yield part
 
 
 def checked_mono(block: np.ndarray) -> np.ndarray:
     """float32 [frames, channels] -> the channels' mean, float32 [frames]; raises ClipError on non-finite samples."""
-    if not np.abs(block).max() <= LARGEST_SAMPLE:  # false for NaN too
-        raise ClipError("non_finite", "samples that are NaN, infinite or beyond 2^31; a waveform lies in [-1, 1)")
-    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+    check_samples(block)
+    return _mono(block, None)
 
 
 def resample(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     """Bring float32 blocks from `rate` Hz to 16 kHz, as one stream, at soxr's HQ quality."""
-    if rate == SAMPLE_RATE:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+    resampler = _Resampler(rate)
     for block in blocks:
-        if len(out := stream.resample_chunk(block)):
+        yield from resampler.push(block)
+    yield from resampler.rest()
+
+
+class _Resampler:
+    """One stream on its way to 16 kHz; its samples do not depend on how it is cut into blocks."""
+
+    def __init__(self, rate: int) -> None:
+        same = rate == SAMPLE_RATE
+        self._stream = None if same else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+
+    def push(self, block: np.ndarray) -> Iterator[np.ndarray]:
+        """What a block, float32 [frames], gives for now."""
+        out = block if self._stream is None else self._stream.resample_chunk(block)
+        if len(out):
             yield out
-    if len(out := stream.resample_chunk(np.zeros(0, np.float32), last=True)):
-        yield out
+
+    def rest(self) -> Iterator[np.ndarray]:
+        """What comes after the last block."""
+        if self._stream is not None and len(out := self._stream.resample_chunk(np.zeros(0, np.float32), last=True)):
+            yield out
 
 
-class _Stream(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """Without python-soundfile's seek after each read, which fails in FLAC of unknown length and, in an mp3
-    of variable bit rate, changes what is read next. `seek` itself works.
-    """
+class _Listener:
+    """Hears one clip: one channel of several, at 16 kHz, and how loud it is."""
 
-    def seekable(self) -> bool:
-        return False
+    def __init__(self, rate: int, channel: int | None) -> None:
+        self._channel = channel
+        self._resampler = _Resampler(rate)
+        self._count, self._sum, self._squares = 0, 0.0, 0.0  # about the first sample, as an offset may be large
+        self._first, self._lowest, self._highest = 0.0, np.inf, -np.inf
 
+    def hear(self, samples: np.ndarray) -> Iterator[np.ndarray]:
+        """The next frames, [frames, channels] at the clip's rate; what they give at 16 kHz."""
+        mono = _mono(samples, self._channel)
+        if not self._count:
+            self._first = float(mono[0])
+        self._count += len(mono)
+        self._lowest, self._highest = min(self._lowest, mono.min()), max(self._highest, mono.max())
+        about = np.subtract(mono, self._first, dtype=np.float64)
+        self._sum += about.sum()
+        self._squares += np.square(about, out=about).sum()
+        yield from self._resampler.push(mono)
 
-@contextmanager
-def _open(path: str) -> Iterator[soundfile.SoundFile]:
-    try:
-        # Without waiting for a pipe's other end, and by descriptor, as libsndfile takes no name that is not UTF-8.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise _open_error(path, error) from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ClipError("not_a_file", "a folder, a pipe or a device; only regular files are opened")
-        try:
-            file = _Stream(descriptor, closefd=False)
-        except soundfile.LibsndfileError:
-            raise ClipError("undecodable", UNDECODABLE) from None
-        with file:
-            yield file
-    finally:
-        os.close(descriptor)
+    def rest(self) -> Iterator[np.ndarray]:
+        """What comes at 16 kHz after the last frames."""
+        yield from self._resampler.rest()
 
+    def heard(self, extent: Extent) -> Heard:
+        """What was decoded, when it has ended."""
+        header_seconds = None if extent.header_frames is None else extent.header_frames / extent.rate
+        return Heard(extent.frames / extent.rate, header_seconds, extent.rate, extent.channels, self._silence())
 
-def _open_error(path: str, error: OSError) -> ClipError:
-    if isinstance(error, FileNotFoundError):
-        if os.path.islink(path):
-            return ClipError("not_a_file", "a link that leads nowhere")
-        return ClipError("not_found", "no such file; relative paths start at the current folder")
-    if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
-        return ClipError("not_a_file", str(error.strerror))
-    return ClipError("not_readable", str(error.strerror))
+    def _silence(self) -> Literal["digital", "near"] | None:
+        if float(self._highest) - float(self._lowest) < DIGITAL_SILENCE:
+            return "digital"
+        variance = self._squares / self._count - (self._sum / self._count) ** 2
+        return "near" if variance < NEAR_SILENCE**2 else None
 
 
-def _seek(file: soundfile.SoundFile, frame: int) -> int:
-    """Go to a frame where that is possible; the position reached, from which the rest is read and dropped.
+def _mono(block: np.ndarray, channel: int | None) -> np.ndarray:
+    """float32 [frames, channels] -> one of them, or their mean: float32 [frames]."""
+    if block.shape[1] == 1 or channel is not None:
+        return np.ascontiguousarray(block[:, channel or 0])
+    mean: np.ndarray = block.mean(axis=1, dtype=np.float32)
+    return mean
 
-    In an mp3 of variable bit rate, libsndfile 1.2.2 goes on with other samples than those that stand there.
-    """
-    if not frame or not file.frames > frame or file.subtype.startswith("MPEG"):
-        return 0
-    try:
-        return int(file.seek(frame))
-    except soundfile.LibsndfileError:
-        raise ClipError("undecodable", f"damaged before second {frame / file.samplerate:g}") from None
+
+def _chosen_channels(source: Source, clips: Sequence[Clip], policy: ChannelPolicy) -> dict[int, int]:
+    """Which channel each clip is heard by, where it is not their mean."""
+    if policy == "mean":
+        return {}
+    if policy == "left":
+        return dict.fromkeys(range(len(clips)), 0)
+    energies: dict[int, np.ndarray] = {}
+    with closing(read_segments(source, clips)) as parts:
+        for index, part in parts:
+            if isinstance(part, Frames):
+                if part.samples.shape[1] == 1:
+                    return {}
+                energy = np.square(part.samples, dtype=np.float64).sum(axis=0)
+                energies[index] = energies[index] + energy if index in energies else energy
+    return {index: int(np.argmax(energy)) for index, energy in energies.items()}

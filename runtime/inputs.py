@@ -1,24 +1,18 @@
-"""Inputs become rows: files, folders, globs, manifests and standard input."""
+"""Inputs become rows: files, tars, folders, globs, manifests and standard input."""
 
 import csv
 import glob
-import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from aesanet.errors import ClipError, InputError
-from aesanet.runtime.rows import Row
+from aesanet.runtime.files import is_audio
+from aesanet.runtime.rows import Row, is_tar, parse_json
+from aesanet.runtime.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
 
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
-
-# What a folder is searched for; other files in it are not audio. A file named outright is opened whatever its name.
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .mp3 .ogg .oga .opus .aif .aiff .aifc .au .snd .caf .w64 .rf64"
-    " .m4a .mp4 .aac .wma .webm .amr .gsm".split()
-)
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 
@@ -26,9 +20,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
     """Rows of all inputs, in order.
 
-    An input is an audio file, a folder (searched recursively, in the order of names), a glob, a manifest
-    (.jsonl, .csv, .tsv) or `-`: JSON lines or plain paths from standard input. A file that does not exist is a row,
-    whose clip then has the error, and so is a folder that cannot be read; a manifest that cannot raises InputError.
+    An input is an audio file, a tar of them (.tar), a folder (searched recursively, in the order of names), a glob,
+    a manifest (.jsonl, .csv, .tsv) or `-`: JSON lines or plain paths from standard input. A file that does not exist
+    is a row, whose clip then has the error, and so is a folder or tar that cannot be read; a manifest that cannot,
+    and a compressed tar, raise InputError.
     """
     for name in inputs:
         if name == "-":
@@ -39,17 +34,20 @@ def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
             yield from _manifest(name)
         elif glob.has_magic(name) and not os.path.lexists(name):
             for path in sorted(glob.glob(name, recursive=True)) or [name]:
-                if os.path.isdir(path):
-                    yield from _folder(path)
-                else:
-                    yield Row({"path": path})
+                yield from _folder(path) if os.path.isdir(path) else _file(path)
         else:
-            yield Row({"path": name})
+            yield from _file(name)
 
 
 def count_rows(inputs: Sequence[str]) -> int | None:
     """How many rows `read_rows` will give, or None where that cannot be known beforehand."""
     return None if "-" in inputs else sum(1 for _ in read_rows(inputs))
+
+
+def _file(path: str) -> Iterator[Row]:
+    if path.lower().endswith(COMPRESSED_TAR_SUFFIXES):
+        raise InputError(f"{path}: a compressed tar, whose members cannot be read where they lie; uncompress it first")
+    yield from tar_rows(path) if is_tar(path) else [Row({"path": path})]
 
 
 def _folder(folder: str) -> Iterator[Row]:
@@ -58,8 +56,8 @@ def _folder(folder: str) -> Iterator[Row]:
     for parent, folders, files in os.walk(folder, onerror=unread.append):
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES:
-                yield Row({"path": os.path.join(parent, name)})
+            if is_audio(name) or is_tar(name):
+                yield from _file(os.path.join(parent, name))
     for error in unread:
         yield Row({"path": error.filename}, ClipError("not_readable", f"a folder: {error.strerror}"))
 
@@ -85,18 +83,12 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
 
 def _json_row(text: str) -> Row:
     try:
-        given = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        given = parse_json(text)
     except (ValueError, RecursionError) as error:
         return Row({"line": text}, ClipError("bad_row", f"not a JSON object: {error}"))
     if not isinstance(given, dict):
         return Row({"line": text}, ClipError("bad_row", f"a JSON {type(given).__name__}; it must be an object"))
     return Row(given)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a number that JSON can hold")
-    return number
 
 
 def _table(name: str, file: BinaryIO, delimiter: str) -> Iterator[Row]:

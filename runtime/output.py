@@ -7,7 +7,7 @@ resuming, what was written after that is cut off and made again. The rows before
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -63,7 +63,7 @@ class RowFile:
         self.path, self.state_path = path, state_of(path)
         self.tally = Tally()
         self._run = json.loads(json.dumps(run))
-        self._file: BinaryIO = open(path, "ab", buffering=0)
+        self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
         if fcntl is not None:
             try:
@@ -80,7 +80,7 @@ class RowFile:
         self.mark()
 
     def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
-        """Go on where an earlier run stopped; `rows` is then after those that are done. Was there anything to go on with?
+        """Go on where an earlier run stopped, if one did; `rows` is then after those that are done. Was there one?
 
         Raises InputError where the run, its file or its input is another than it was, and names what differs.
         """

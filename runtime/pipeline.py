@@ -17,8 +17,8 @@ from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
 from aesanet.runtime.backends.base import Backend, Pending, PendingEmbedded
 from aesanet.runtime.batching import GROUP_BATCHES, Planner, Window
 from aesanet.runtime.decode import Heard
+from aesanet.runtime.jobs import Blocks, Job
 from aesanet.runtime.lookahead import LookAhead
-from aesanet.runtime.segments import Blocks, Source
 from aesanet.runtime.windows import WindowCutter, pad_batch
 
 Row = TypeVar("Row")
@@ -104,19 +104,17 @@ class Spent:
 
 
 class Pipeline(Generic[Row]):
-    """Scores the rows of sources; made for one run.
+    """Scores the rows of jobs; made for one run.
 
     Iterating `run` yields (row, Scored or ClipError), exactly one for each row, and a GroupEnd now and then.
     """
 
-    def __init__(
-        self, sources: Iterable[Source[Row]], backend: Backend, policy: WindowPolicy, settings: Settings
-    ) -> None:
+    def __init__(self, jobs: Iterable[Job[Row]], backend: Backend, policy: WindowPolicy, settings: Settings) -> None:
         self._backend, self._policy, self._settings = backend, policy, settings
         batch_samples = round(settings.batch_seconds * SAMPLE_RATE)
         self._planner: Planner[_Clip[Row]] = Planner(policy.window_samples, batch_samples)
         self._ahead = LookAhead(
-            sources, self._windows_of, _weight, max(batch_samples, 1) * GROUP_BATCHES, settings.workers
+            jobs, self._windows_of, _weight, max(batch_samples, 1) * GROUP_BATCHES, settings.workers
         )
         self._under_way: deque[_Batch[Row] | _Clip[Row] | GroupEnd] = deque()
         self._rows = self._grouped = 0  # so far, and in groups that have ended
@@ -141,7 +139,7 @@ class Pipeline(Generic[Row]):
             self._ahead.close()
 
     def stop(self) -> None:
-        """Begin no more sources; what is under way is finished. May be called by a signal's handler."""
+        """Begin no more jobs; what is under way is finished. May be called by a signal's handler."""
         self._ahead.stop()
 
     @property
@@ -157,11 +155,11 @@ class Pipeline(Generic[Row]):
             batches=planner.batches,
         )
 
-    def _windows_of(self, source: Source[Row]) -> Blocks:
-        """A source's clips in windows instead of blocks; runs in the decoding threads."""
-        cutters = [WindowCutter(self._policy) for _ in source.rows]
+    def _windows_of(self, job: Job[Row]) -> Blocks:
+        """A job's clips in windows instead of blocks; runs in the decoding threads."""
+        cutters = [WindowCutter(self._policy) for _ in job.rows]
         empty = [True] * len(cutters)
-        for index, found in source.decode():
+        for index, found in job.decode():
             if isinstance(found, ClipError):
                 yield index, found
                 continue
@@ -177,9 +175,9 @@ class Pipeline(Generic[Row]):
     def _done(self) -> Iterator["_Clip[Row] | GroupEnd"]:
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
         clips: list[_Clip[Row]] = []
-        for source, (index, found) in self._ahead:
+        for job, (index, found) in self._ahead:
             if not clips:
-                clips = [_Clip(self._rows + number, row) for number, row in enumerate(source.rows)]
+                clips = [_Clip(self._rows + number, row) for number, row in enumerate(job.rows)]
                 self._rows += len(clips)
             clip = clips[index]
             if isinstance(found, np.ndarray):
@@ -191,7 +189,7 @@ class Pipeline(Generic[Row]):
             self._under_way.append(clip)
             if all(clip.found is not None for clip in clips):
                 clips = []
-                if self._planner.end_rows(len(source.rows)):
+                if self._planner.end_rows(len(job.rows)):
                     yield from self._end_group()
             yield from self._take()
         if self._rows > self._grouped:

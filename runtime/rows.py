@@ -44,11 +44,9 @@ class Row:
         start, end = (_seconds(name, self.given.get(name)) for name in ("start_time", "end_time"))
         if end is not None and end <= (start or 0.0):
             raise ClipError("bad_segment", f"end_time is {end} s; it must be after start_time, {start or 0.0} s")
-        member = self.given.get("member")
-        if not (member is None or (isinstance(member, str) and member)):
-            raise ClipError(
-                "bad_row", f"member is {member!r}; it must be the name of a file in the tar that path names"
-            )
+        member = self.given.get("member") if is_tar(path) else None
+        if is_tar(path) and not (isinstance(member, str) and member):
+            raise ClipError("bad_row", f"member is {member!r}; beside the path of a tar, it must name a file in it")
         return Clip(path, start, end, member)
 
 
@@ -71,6 +69,16 @@ def file_name(path: Any) -> str:
     except (TypeError, UnicodeError):
         pass
     raise ClipError("bad_row", f"path is {path!r}; it must be the name of a file")
+
+
+def is_tar(path: str) -> bool:
+    """Is it a tar, by its name? Its members are what can be scored."""
+    return path.lower().endswith(".tar")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that can be written again: without NaN and infinity. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def failed_row(row: Row, error: ClipError) -> dict[str, Any]:
@@ -105,6 +113,12 @@ def write_row(file: TextIO, row: Mapping[str, Any]) -> None:
 def own_keys(row: Mapping[str, Any]) -> dict[str, Any]:
     """What an input row came with, of an input row or the output row that became of it."""
     return {key: value for key, value in row.items() if key not in OUTPUT_KEYS}
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a number that JSON can hold")
+    return number
 
 
 def _seconds(name: str, value: Any) -> float | None:

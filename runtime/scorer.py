@@ -16,9 +16,9 @@ from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
 from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
+from aesanet.runtime.jobs import Blocks, Job, failed_job, file_jobs
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
 from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
-from aesanet.runtime.segments import Blocks, Source, failed_source, file_sources
 
 Audio: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A file, or samples with their rate in Hz."""
@@ -138,11 +138,11 @@ class Scorer:
         self, rows: Iterable[Row | Mapping[str, Any]], settings: Settings, *, channels: ChannelPolicy = "mean"
     ) -> Pipeline[Row]:
         """A run over rows, for those who want to know where groups end and where the time goes."""
-        return Pipeline(file_sources(rows, channels), self.backend, self.manifest.window, settings)
+        return Pipeline(file_jobs(rows, channels), self.backend, self.manifest.window, settings)
 
     def _scored(self, audio: Iterable[Audio], workers: int) -> Iterator[ClipScores | ClipError]:
         settings = self.settings(workers)
-        for found in Pipeline(map(_source, audio), self.backend, self.manifest.window, settings).run():
+        for found in Pipeline(map(_job, audio), self.backend, self.manifest.window, settings).run():
             if not isinstance(found, GroupEnd):
                 outcome = found[1]
                 yield outcome if isinstance(outcome, ClipError) else _clip_scores(outcome)
@@ -201,16 +201,16 @@ def _clip_scores(scored: Scored) -> ClipScores:
     return ClipScores(**_by_axis(scored.scores), seconds=round(scored.heard.seconds, 6))
 
 
-def _source(audio: Audio) -> Source[Audio]:
+def _job(audio: Audio) -> Job[Audio]:
     """One clip of a caller."""
     if isinstance(audio, str | os.PathLike):
         try:
-            return Source([audio], partial(decode, [Clip(file_name(audio))]))
+            return Job([audio], partial(decode, [Clip(file_name(audio))]))
         except ClipError as error:
-            return failed_source(audio, error)
+            return failed_job(audio, error)
     if not isinstance(audio, tuple) or len(audio) != 2:
         raise TypeError(f"audio is a {type(audio).__name__}; give a path, (samples, rate), or a list of these")
-    return Source([audio], partial(_decode_array, *audio))
+    return Job([audio], partial(_decode_array, *audio))
 
 
 def _decode_array(samples: np.ndarray, rate: int) -> Blocks:

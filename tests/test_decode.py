@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decode import BLOCK_SAMPLES, ClipReader, resample
+from aesanet.runtime.decode import ClipReader, resample
 from aesanet.runtime.rows import Clip
+from aesanet.runtime.segments import BLOCK_SAMPLES
 
 DECODABLE = [
     ("WAV", "PCM_U8", 8_000, 1),

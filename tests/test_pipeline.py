@@ -11,8 +11,8 @@ from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
 from aesanet.runtime.backends.base import Backend
 from aesanet.runtime.decode import Heard
+from aesanet.runtime.jobs import Job
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
-from aesanet.runtime.segments import Source
 
 POLICY = WindowPolicy(window_seconds=0.5, hop_seconds=0.375)
 
@@ -39,7 +39,7 @@ def known_scores(window):
 
 
 def blocks_of(clips):
-    """A source's blocks: its clips side by side, as segments that overlap come; errors after what they have."""
+    """A job's blocks: its clips side by side, as segments that overlap come; errors after what they have."""
     pieces = [np.array_split(samples, 3) if len(samples) else [] for samples, _ in clips]
     for turn in range(3):
         for index, parts in enumerate(pieces):
@@ -52,19 +52,19 @@ def blocks_of(clips):
             yield index, Heard(len(samples) / SAMPLE_RATE, None, SAMPLE_RATE, 1, None)
 
 
-def sources_of(files, seed=0):
+def jobs_of(files, seed=0):
     """Files of clips, given as (samples, fails) pairs; a row is its number."""
     rng = np.random.default_rng(seed)
     number = 0
     for file in files:
         clips = [(rng.normal(size=samples).astype(np.float32), fails) for samples, fails in file]
-        yield Source(range(number, number + len(clips)), partial(blocks_of, clips)), clips
+        yield Job(range(number, number + len(clips)), partial(blocks_of, clips)), clips
         number += len(clips)
 
 
 def run(files, workers=2, batch_seconds=1.0, backend=None, **how):
     pipeline = Pipeline(
-        (source for source, _ in sources_of(files)), backend or Known(), POLICY, Settings(workers, batch_seconds, **how)
+        (job for job, _ in jobs_of(files)), backend or Known(), POLICY, Settings(workers, batch_seconds, **how)
     )
     return list(pipeline.run()), pipeline
 
@@ -86,7 +86,7 @@ files_of_clips = st.lists(st.lists(clip, min_size=1, max_size=3), max_size=25)
 def test_each_row_comes_out_once_in_order_with_its_own_scores(files, workers, batch_seconds):
     found, pipeline = run(files, workers, batch_seconds)
     rows = [f for f in found if not isinstance(f, GroupEnd)]
-    clips = [clip for _, file in sources_of(files) for clip in file]
+    clips = [clip for _, file in jobs_of(files) for clip in file]
     assert [number for number, _ in rows] == list(range(len(clips)))
     for (_, outcome), (samples, fails) in zip(rows, clips, strict=True):
         expected = expected_scores(samples)
@@ -132,7 +132,7 @@ def test_what_comes_after_a_group_needs_nothing_from_before(files, ordered):
     assert middle in starts  # a group never ends inside a file
     begun.batches.clear()
     rest = Pipeline(
-        (source for source, _ in sources_of(files) if source.rows[0] >= middle),
+        (job for job, _ in jobs_of(files) if job.rows[0] >= middle),
         begun,
         POLICY,
         Settings(2, 0.4, ordered=ordered),
@@ -184,14 +184,14 @@ def test_an_engine_that_fails_ends_the_run_and_its_threads():
         def scores(self, waveform, num_samples):
             raise RuntimeError("the engine")
 
-    pipeline = Pipeline((s for s, _ in sources_of([[(9_000, False)]] * 500)), Failing(), POLICY, Settings(2, 1.0))
+    pipeline = Pipeline((s for s, _ in jobs_of([[(9_000, False)]] * 500)), Failing(), POLICY, Settings(2, 1.0))
     with pytest.raises(RuntimeError, match="the engine"):
         list(pipeline.run())
     assert not any(thread.is_alive() for thread in pipeline._ahead._threads)
 
 
 def test_stop_ends_with_whole_rows():
-    pipeline = Pipeline((s for s, _ in sources_of([[(9_000, False)]] * 5_000)), Known(), POLICY, Settings(2, 1.0))
+    pipeline = Pipeline((s for s, _ in jobs_of([[(9_000, False)]] * 5_000)), Known(), POLICY, Settings(2, 1.0))
     rows = []
     for found in pipeline.run():
         if not isinstance(found, GroupEnd):
@@ -215,7 +215,7 @@ def test_memory_is_bounded_by_the_batch_and_not_by_a_long_clip():
             held.append(pipeline._ahead._held / SAMPLE_RATE)
             return super().scores(waveform, num_samples)
 
-    pipeline = Pipeline([Source([0], hour)], Watching(), POLICY, Settings(1, 1.0))
+    pipeline = Pipeline([Job([0], hour)], Watching(), POLICY, Settings(1, 1.0))
     ((_, outcome), end) = list(pipeline.run())
     assert end == GroupEnd(1)
     assert len(outcome.windows) == 9_600

@@ -46,7 +46,7 @@ class Backend(ABC):
         return lambda: scores
 
     def submit_embedded(self, waveform: np.ndarray, num_samples: np.ndarray) -> PendingEmbedded:
-        """Begin to score and embed a batch; a clip's embedding is the mean of the encoder's features over its tokens."""
+        """Begin to score and embed a batch; an embedding is the mean of the encoder's features over a clip's tokens."""
         raise BackendError(f"{self.name} gives no embeddings")
 
     def batch_seconds(self, window_seconds: float) -> float:

@@ -1,0 +1,65 @@
+"""Where a clip's bytes lie: a whole file, or the part of an uncompressed tar that a member takes."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aesanet.runtime.files import open_regular
+from aesanet.runtime.tar import find_member
+
+
+@dataclass(frozen=True)
+class Source:
+    """`size` bytes from `offset` on of an open regular file; `name` is the file's or the member's own."""
+
+    descriptor: int
+    offset: int
+    size: int
+    name: str
+
+    def read(self, position: int, count: int) -> bytes:
+        """Up to `count` bytes from a position of the clip's own; the descriptor's position stays where it is."""
+        return os.pread(self.descriptor, max(0, min(count, self.size - position)), self.offset + position)
+
+    @property
+    def whole(self) -> bool:
+        """Is it all of the file?"""
+        return self.offset == 0 and self.size == os.fstat(self.descriptor).st_size
+
+
+class SourceFile(io.RawIOBase):
+    """A source as a file object, for readers that take one."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.position = 0
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]  # any writable buffer
+        """Fill the buffer as far as there are bytes."""
+        data = self.source.read(self.position, len(buffer))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position; the position reached."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.source.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def tell(self) -> int:
+        """The position."""
+        return self.position
+
+
+@contextmanager
+def open_source(path: str, member: str | None = None) -> Iterator[Source]:
+    """The bytes of a file, or of a tar's member; raises ClipError."""
+    with open_regular(path) as descriptor:
+        if member is None:
+            yield Source(descriptor, 0, os.fstat(descriptor).st_size, path)
+        else:
+            offset, size = find_member(path, descriptor, member)
+            yield Source(descriptor, offset, size, member)
