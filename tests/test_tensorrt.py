@@ -229,6 +229,37 @@ def test_scores_are_those_of_each_clip_alone_in_any_order_of_work(gpu, reference
         assert np.array_equal(waiting[index](), found)
 
 
+@given(batches_of_lengths, st.integers(0, 2**32))
+@settings(max_examples=10)
+def test_embeddings_are_those_of_each_clip_alone_in_any_order_of_work(gpu, half_bundle, batches, seed):
+    """Beside batches without, whose slots they share."""
+    rng = np.random.default_rng(seed)
+    backend = gpu.open(seed)
+    alone = Scorer.open(half_bundle, "cpu", backend="onnxruntime").backend
+    given_batches = [noise(rng, lengths) for lengths in batches]
+    kept = [bool(rng.integers(2)) for _ in batches]
+    waiting = [
+        (backend.submit_embedded if embedded else backend.submit)(*batch)
+        for embedded, batch in zip(kept, given_batches, strict=True)
+    ]
+    for index in rng.permutation(len(waiting)):
+        waveform, num_samples = given_batches[index]
+        expected = [
+            alone.submit_embedded(w[None, :n], np.array([n]))() for w, n in zip(waveform, num_samples, strict=True)
+        ]
+        found = waiting[index]()
+        if kept[index]:
+            np.testing.assert_allclose(found[1], np.concatenate([e for _, e in expected]), atol=gpu.tolerance)
+            assert found[1].dtype == np.float32
+        scores = found[0] if kept[index] else found
+        np.testing.assert_allclose(scores, np.concatenate([s for s, _ in expected]), atol=gpu.tolerance)
+
+
+def test_an_engine_names_the_batch_that_its_windows_profile_was_made_for(gpu):
+    backend = gpu.open()
+    assert backend.batch_seconds(LONGEST / 16_000) == backend.profiles[-1].max_batch * LONGEST / 16_000
+
+
 @pytest.mark.parametrize("count", [16, 17, 19, 20, 21, 45])
 def test_large_batches_are_padded_to_the_grid_and_split(gpu, reference, count):
     batch = noise(np.random.default_rng(count), [2_800 + 97 * n for n in range(count)])
