@@ -1,11 +1,17 @@
 """What a file's own bytes say that it holds, where libsndfile stops short of that without a word."""
 
 import struct
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from aesanet.runtime.sources import Source
 
+# An Ogg page: RFC 3533, section 6.
+OGG_FLAGS, OGG_GRANULE, OGG_SERIAL, OGG_SEGMENTS = 5, slice(6, 14), slice(14, 18), 26
+OGG_FIRST = 2  # the flag of a stream's first page
+OGG_HEAD_BYTES = 27 + 255 + 16  # with the start of what is in it
 OGG_PAGE_BYTES = 27 + 255 + 255 * 255  # the longest
-OGG_FIRST, OGG_GRANULE, OGG_SERIAL = 2, slice(6, 14), slice(14, 18)  # RFC 3533, section 6
+OGG_PAGE_SECONDS = 30  # longer than any; a stream whose first page ends later was cut out of a longer one
 OPUS_RATE = 48_000  # Hz, of every position in an opus stream; RFC 7845, section 4
 
 RIFF_CHUNKS = 64  # before the audio; more is nonsense
@@ -13,45 +19,55 @@ RIFF_UNKNOWN = 2**31 - 2**16  # bytes; what is written into a pipe claims the mo
 
 MP3_RATES = ((11_025, 12_000, 8_000), (), (22_050, 24_000, 16_000), (44_100, 48_000, 32_000))  # Hz, by version bits
 XING_WITHIN = 4 + 32 + 4  # bytes of an MP3 frame: header, side information of stereo MPEG 1, the tag's name
+XING_FRAMES, XING_BYTES = 1, 2  # flags: which numbers follow
 
 
-def chained_ogg_frames(source: Source, rate: int) -> int | None:
-    """Frames of the last of several Ogg streams that follow one another, at `rate` Hz; None if there is only one."""
-    head = source.read(0, OGG_PAGE_BYTES)
-    first_serials = set()
-    start = 0
-    while head.startswith(b"OggS", start) and len(head) > start + 27 and head[start + 5] & OGG_FIRST:
-        first_serials.add(head[start:][OGG_SERIAL])
-        num_segments = head[start + 26]
-        start += 27 + num_segments + sum(head[start + 27 : start + 27 + num_segments])
+class Mp3Tag(NamedTuple):
+    """Says how long an MP3 is; `ratio` is how many times as long the file is, where others were joined to it."""
+
+    ratio: float
+
+
+def chained_ogg_seconds(source: Source) -> float | None:
+    """How long the audio of several Ogg streams is that follow one another; None if there is only one.
+
+    The end of the file tells whether the pages are worth a walk.
+    """
     tail = source.read(max(0, source.size - OGG_PAGE_BYTES), OGG_PAGE_BYTES)
     last = tail[max(0, tail.rfind(b"OggS")) :]
-    if not first_serials or not last.startswith(b"OggS\0") or len(last) < 27 or last[OGG_SERIAL] in first_serials:
-        return None
-    frames = int.from_bytes(last[OGG_GRANULE], "little", signed=True)
-    return max(0, frames) * rate // (OPUS_RATE if b"OpusHead" in head else rate)
+    streams: dict[bytes, _OggStream] = {}
+    position, at_start = 0, True
+    while (head := source.read(position, OGG_HEAD_BYTES)).startswith(b"OggS") and len(head) > OGG_SEGMENTS:
+        serial, body = head[OGG_SERIAL], OGG_SEGMENTS + 1 + head[OGG_SEGMENTS]
+        if head[OGG_FLAGS] & OGG_FIRST:
+            streams[serial] = _OggStream(_ogg_rate(head[body:]))
+        elif at_start:
+            at_start = False
+            if last[OGG_SERIAL] in streams:
+                return None
+        granule = int.from_bytes(head[OGG_GRANULE], "little", signed=True)
+        if granule > 0 and serial in streams:
+            streams[serial].add(granule)
+        position += body + sum(head[OGG_SEGMENTS + 1 : body])
+    return sum(stream.seconds for stream in streams.values()) if len(streams) > 1 else None
 
 
-def joined_mp3(source: Source) -> float | None:
-    """How many times as long as its first part an MP3 file is that several were joined to; None if it is only one.
-
-    The first frame's Xing or Info tag says how many bytes the first part has; http://gabriel.mp3-tech.org/mp3infotag.html
-    """
+def mp3_tag(source: Source) -> Mp3Tag | None:
+    """What an MP3 file's Xing or Info tag says, if it has one; http://gabriel.mp3-tech.org/mp3infotag.html"""
     start = 0
-    if (tag := source.read(0, 10)).startswith(b"ID3") and len(tag) == 10:
-        start = 10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-    head = source.read(start, 4 + XING_WITHIN + 12)
+    if (head := source.read(0, 10)).startswith(b"ID3") and len(head) == 10:
+        start = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    head = source.read(start, XING_WITHIN + 12)
     at = max(head.find(b"Xing", 0, XING_WITHIN), head.find(b"Info", 0, XING_WITHIN))
     if not _is_mp3_frame(head) or at < 0 or len(head) < at + 16:
         return None
     flags, *counts = struct.unpack(">3I", head[at + 4 : at + 16])
-    if not flags & 2:
-        return None
-    num_bytes: int = counts[flags & 1]  # after the number of frames, where that is there
+    if not flags & XING_BYTES:
+        return Mp3Tag(1.0)
+    num_bytes: int = counts[flags & XING_FRAMES]  # after the number of frames, where that is there
     after = source.read(start + num_bytes, 4)
-    if not num_bytes or not (after.startswith(b"ID3") or (_is_mp3_frame(after) and after[1] == head[1])):
-        return None
-    return (source.size - start) / num_bytes
+    joined = num_bytes and (after.startswith(b"ID3") or (_is_mp3_frame(after) and after[1] == head[1]))
+    return Mp3Tag((source.size - start) / num_bytes if joined else 1.0)
 
 
 def riff_ratio(source: Source) -> float | None:
@@ -71,6 +87,30 @@ def riff_ratio(source: Source) -> float | None:
             return None if not read or (stated >= RIFF_UNKNOWN and source.size < 2**32) else said / read
         start += stated + stated % 2
     return None
+
+
+@dataclass
+class _OggStream:
+    rate: int  # Hz, of its positions; 0 where it is no audio that is known here
+    start: int | None = None
+    end: int = 0
+
+    def add(self, granule: int) -> None:
+        """Where a page of it ends."""
+        if self.start is None:
+            self.start = granule if granule > OGG_PAGE_SECONDS * self.rate else 0
+        self.end = granule
+
+    @property
+    def seconds(self) -> float:
+        return max(0, self.end - (self.start or 0)) / self.rate if self.rate else 0.0
+
+
+def _ogg_rate(packet: bytes) -> int:
+    """Positions a second of a stream with this first packet, or 0."""
+    if packet.startswith(b"\x01vorbis"):
+        return int.from_bytes(packet[12:16], "little")
+    return OPUS_RATE if packet.startswith(b"OpusHead") else 0
 
 
 def _is_mp3_frame(head: bytes) -> bool:

@@ -3,17 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import soundfile
 
 from aesanet.errors import ClipError
-from aesanet.runtime.claims import chained_ogg_frames, joined_mp3, riff_ratio
+from aesanet.runtime.claims import chained_ogg_seconds, mp3_tag, riff_ratio
 from aesanet.runtime.ffmpeg import FfmpegDecoder, find_ffmpeg
-from aesanet.runtime.sources import Source, SourceFile
+from aesanet.runtime.sources import EndlessFile, Source, SourceFile
 
+CHUNK_FRAMES = 4 * 1152  # four frames of an mp3
 UNKNOWN_FRAMES = 2**62  # libsndfile's answer for streams of unknown length is 2^63 - 1
 # libsndfile 1.2.2 seeks in Vorbis, Opus and MP3 too, but what it then reads is not always what stands there.
 EXACT_SEEK = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
@@ -34,14 +34,18 @@ class Decoder(Protocol):
         """How many frames the source says it holds, as far as is known by now, or None."""
 
     @property
+    def seeks(self) -> bool:
+        """Does it seek, and to the very frame?"""
+
+    @property
     def damaged(self) -> bool:
         """Did the last read end at damage?"""
 
     def seek(self, frame: int) -> bool:
-        """Go to a frame, if that can be done exactly; was it? Raises ClipError where the way there is damaged."""
+        """Go to a frame of what seeks, from the start; is it there? If not, the decoder is at its start again."""
 
     def read(self, frames: int) -> np.ndarray:
-        """The next frames, float32 [frames, channels]; fewer only at the end or at damage."""
+        """The next frames, a multiple of CHUNK_FRAMES: float32 [frames, channels]; fewer only at the end or damage."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -51,55 +55,47 @@ class SoundfileDecoder:
     """A source as libsndfile decodes it; raises soundfile.LibsndfileError where it does not."""
 
     def __init__(self, source: Source) -> None:
-        if source.whole:
-            os.lseek(source.descriptor, 0, os.SEEK_SET)  # where libsndfile takes the file to start
-            self._file = _Stream(source.descriptor, closefd=False)
-        else:
-            self._file = _Stream(SourceFile(source))
-        self.rate, self.channels = self._file.samplerate, self._file.channels
-        self.damaged = False
         self._source = source
-
-    @cached_property
-    def chained_frames(self) -> int | None:
-        """Frames of the last stream after the first, which is all that libsndfile reads; None where there is one."""
-        return chained_ogg_frames(self._source, self.rate) if self._file.format == "OGG" else None
-
-    @cached_property
-    def ratio(self) -> float | None:
-        """How many times what libsndfile reads of it the file says it holds, or None."""
-        return joined_mp3(self._source) if self._file.format == "MP3" else riff_ratio(self._source)
-
-    @property
-    def several(self) -> bool:
-        """Is it several files one after another, of which libsndfile reads the first?"""
-        return self.chained_frames is not None or (self._file.format == "MP3" and self.ratio is not None)
-
-    @property
-    def frames(self) -> int | None:
-        """How many frames the source says it holds, as far as is known by now, or None."""
-        if self.chained_frames is not None:
-            return int(self._file.tell()) + self.chained_frames
-        return round(self._file.frames * (self.ratio or 1.0)) if self._file.frames < UNKNOWN_FRAMES else None
+        self._file = _open(source)
+        self.rate, self.channels = self._file.samplerate, self._file.channels
+        self.seeks = self._file.subtype.startswith(EXACT_SEEK)
+        self.damaged = False
+        self.container: str = self._file.format
+        self.frames, self.several = _held(self._file, source)
+        self._position = 0
 
     def read(self, frames: int) -> np.ndarray:
         """The next frames, float32 [frames, channels]; fewer only at the end or at damage."""
         block = np.empty((frames, self.channels), np.float32)
-        before = self._file.tell()
+        # Of a read that meets damage in an mp3, libsndfile gives nothing: many small ones lose little.
+        chunk_frames = CHUNK_FRAMES if self.container == "MP3" else frames
+        got = 0
+        while got < frames and (more := self._read_into(block[got : got + chunk_frames])):
+            got += more
+        return block[:got]
+
+    def _read_into(self, block: np.ndarray) -> int:
+        if self.damaged:
+            return 0
         try:
-            return block[: len(self._file.read(out=block))]
+            got = len(self._file.read(out=block))
         except soundfile.LibsndfileError:
-            self.damaged = True  # what was decoded before it is in the block
-            return block[: max(0, self._file.tell() - before)]
+            self.damaged = True
+            try:
+                got = max(0, int(self._file.tell()) - self._position)  # which are in the block
+            except soundfile.LibsndfileError:  # in a format without seeking
+                got = 0
+        self._position += got
+        return got
 
     def seek(self, frame: int) -> bool:
-        """Go to a frame, if that can be done exactly; was it? Raises ClipError where the way there is damaged."""
-        if not self._file.subtype.startswith(EXACT_SEEK) or not self._file.frames > frame:
-            return False
+        """Go to a frame; is it there? If not, the decoder is at its start again."""
         try:
-            self._file.seek(frame)
+            self._position = int(self._file.seek(frame))
         except soundfile.LibsndfileError:
-            raise ClipError("undecodable", f"damaged before second {frame / self.rate:g}") from None
+            self._file.close()
+            self._file = _open(self._source)
+            return False
         return True
 
     def close(self) -> None:
@@ -114,6 +110,30 @@ class _Stream(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no ty
 
     def seekable(self) -> bool:
         return False
+
+
+def _open(source: Source) -> soundfile.SoundFile:
+    if source.whole:
+        os.lseek(source.descriptor, 0, os.SEEK_SET)  # where libsndfile takes the file to start
+        file = _Stream(source.descriptor, closefd=False)
+    else:
+        file = _Stream(SourceFile(source))
+    if file.format == "MP3" and mp3_tag(source) is None:
+        file.close()
+        file = _Stream(EndlessFile(source))
+    return file
+
+
+def _held(file: soundfile.SoundFile, source: Source) -> tuple[int | None, bool]:
+    """Frames that an open source says it holds, if it does, and is it several, of which libsndfile reads the first?"""
+    if file.format == "OGG" and (seconds := chained_ogg_seconds(source)) is not None:
+        return round(seconds * file.samplerate), True
+    if file.frames >= UNKNOWN_FRAMES:
+        return None, False
+    if file.format == "MP3":
+        tag = mp3_tag(source)
+        return (None, False) if tag is None else (round(file.frames * tag.ratio), tag.ratio > 1)
+    return round(file.frames * (riff_ratio(source) or 1.0)), False
 
 
 @contextmanager
@@ -132,8 +152,10 @@ def _decoder(source: Source) -> Decoder:
         return FfmpegDecoder(source)
     if decoder.several and find_ffmpeg() is not None:
         decoder.close()
+        # Where a later Ogg stream has other channels or another rate, ffmpeg ends too; of mp3 we know no exact length.
+        chained = decoder.frames is not None and decoder.container == "OGG"
         try:
-            return FfmpegDecoder(source)
+            return FfmpegDecoder(source, decoder.frames / decoder.rate if chained else None)
         except ClipError:
             return SoundfileDecoder(source)  # the first part is better than nothing
     return decoder

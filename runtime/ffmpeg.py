@@ -26,12 +26,16 @@ UNMARKED = {".g722": "g722"}  # formats that only their name tells
 class FfmpegDecoder:
     """A source as ffmpeg decodes its first audio stream: [frames, channels] at the stream's rate, from the start on.
 
+    `seconds` is what it is known to hold, where its header may say less.
     Raises ClipError if there is no ffmpeg, or it knows no audio in the source, or says nothing for STALL_SECONDS.
     """
 
+    rate: int
+    channels: int
+    seeks = False  # in a pipe
     damaged = False  # ffmpeg steps over damage
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, seconds: float | None = None) -> None:
         program = find_ffmpeg()
         if program is None:
             raise ClipError("undecodable", "ffmpeg is not installed")
@@ -45,6 +49,7 @@ class FfmpegDecoder:
             )
         except OSError as error:
             raise ClipError("undecodable", f"ffmpeg does not start: {error.strerror}") from None
+        self._seconds = seconds
         self._log, self._data = b"", bytearray()
         self._pipes = selectors.DefaultSelector()
         for pipe in (self._process.stdout, self._process.stderr):
@@ -62,6 +67,8 @@ class FfmpegDecoder:
     @property
     def frames(self) -> int | None:
         """How many frames the source's header says it holds, as far as is known by now, or None."""
+        if self._seconds is not None:
+            return round(self._seconds * self.rate)
         about, _, _ = self._log.partition(b"\nStream mapping:")
         # With video, the length may be that of the video; a cover is none.
         streams = [line for line in re.findall(rb"^  Stream #0:.*", about, re.M) if b"attached pic" not in line]
@@ -69,7 +76,7 @@ class FfmpegDecoder:
         if length is None or len(streams) != 1 or b"Estimating duration" in about:
             return None
         hours, minutes, seconds = map(float, length.groups())
-        return round((3600 * hours + 60 * minutes + seconds) * int(self.rate))
+        return round((3600 * hours + 60 * minutes + seconds) * self.rate)
 
     def read(self, frames: int) -> np.ndarray:
         """The next frames, float32 [frames, channels]; fewer only at the end."""
@@ -78,7 +85,7 @@ class FfmpegDecoder:
         return np.frombuffer(data, ">f4").astype(np.float32).reshape(-1, self.channels)
 
     def seek(self, frame: int) -> bool:
-        """Not in a pipe."""
+        """Never."""
         return False
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decoders import Decoder, open_decoder
+from aesanet.runtime.decoders import CHUNK_FRAMES, Decoder, open_decoder
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.sources import Source
 
@@ -39,17 +39,17 @@ def read_segments(
 ) -> Generator[tuple[int, Frames | Extent | ClipError], None, None]:
     """Parts of clips of one source: (index into clips, Frames) as they come, then one Extent or ClipError a clip.
 
-    A clip's frames do not depend on which others are read with it: what seeks exactly seeks to each, and from damage
-    on, the source is opened anew for those that come later. Raises ClipError where the source fails them all.
+    What seeks to the very frame is opened anew for each clip: its decoding costs little, and may lose frames at
+    damage, after which a reader that came from before it is not where one is that has gone there. The rest is read
+    once, from the start, for all clips. Either way, a clip's frames do not depend on which others are read with it.
+    Raises ClipError where the source fails all clips that are left.
     """
-    waiting: deque[_Segment] | None = None
-    while waiting is None or waiting:
+    waiting = deque(enumerate(clips))
+    while waiting:
         with open_decoder(source) as decoder:
             rate = checked_rate(decoder.rate)
-            if waiting is None:
-                segments = (_Segment.of(index, clip, rate) for index, clip in enumerate(clips))
-                waiting = deque(sorted(segments, key=lambda segment: segment.first))
-            yield from _read(decoder, waiting)
+            taken = [waiting.popleft() for _ in range(1 if decoder.seeks else len(waiting))]
+            yield from _read(decoder, [_Segment.of(index, clip, rate) for index, clip in taken])
 
 
 def checked_rate(rate: int) -> int:
@@ -83,7 +83,7 @@ class _Segment:
 
     def take(self, block: np.ndarray, position: int, rate: int) -> Iterator[tuple[int, Frames]]:
         """What of a block that starts at `position` is the segment's."""
-        part = block[: max(0, self.last - position)]
+        part = block[max(0, self.first - position) : max(0, self.last - position)]
         try:
             check_samples(part)
         except ClipError as error:
@@ -108,35 +108,19 @@ class _Segment:
         return self.index, Extent(self.decoded, header_frames, decoder.rate, decoder.channels)
 
 
-def _read(decoder: Decoder, waiting: deque[_Segment]) -> Iterator[tuple[int, Frames | Extent | ClipError]]:
-    """Serve segments in the order of their first frames; from damage on, those that still wait are left."""
-    block_frames = max(1, BLOCK_SAMPLES // decoder.channels)
-    active: list[_Segment] = []
-    position, ended = 0, False
-    while not ended and (active or waiting):
-        if not active:
-            try:
-                if waiting[0].first > position and decoder.seek(waiting[0].first):
-                    position = waiting[0].first
-            except ClipError as error:
-                yield waiting.popleft().index, error
-                return
-        while waiting and waiting[0].first <= position:
-            active.append(waiting.popleft())
-        # A segment starts with a block: what comes before it is another segment's, or dropped.
-        until = waiting[0].first if waiting else ENDLESS
-        if active:
-            until = min(until, max(segment.last for segment in active))
-        wanted = max(0, min(block_frames, until - position))
+def _read(decoder: Decoder, segments: list[_Segment]) -> Iterator[tuple[int, Frames | Extent | ClipError]]:
+    """Serve segments from a fresh decoder: one, to whose start it seeks if it can, or all that there are."""
+    block_chunks = max(1, BLOCK_SAMPLES // (CHUNK_FRAMES * decoder.channels))
+    position = segments[0].first if decoder.seeks and decoder.seek(segments[0].first) else 0
+    while segments:
+        left = max(segment.last for segment in segments) - position
+        wanted = CHUNK_FRAMES * min(block_chunks, -(-left // CHUNK_FRAMES))
         block = decoder.read(wanted)
-        for segment in active:
+        for segment in segments:
             yield from segment.take(block, position, decoder.rate)
         position += len(block)
         ended = len(block) < wanted
-        if ended and not (decoder.damaged and active):
-            active.extend(waiting)
-            waiting.clear()
-        over = [segment for segment in active if ended or segment.error is not None or segment.last <= position]
+        over = [segment for segment in segments if ended or segment.error is not None or segment.last <= position]
         for segment in over:
             yield segment.end(decoder, position)
-        active = [segment for segment in active if segment not in over]
+        segments = [segment for segment in segments if segment not in over]

@@ -71,7 +71,6 @@ class _Members:
                     if member.isreg() and not member.issparse():
                         yield member
                 # tarfile takes a damaged header for the end, whose mark is a block of zeros (or nothing at all).
-                end = tar.offset
                 if member is None and not any(os.pread(self.descriptor, tarfile.BLOCKSIZE, end)):
                     return
         except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError):
@@ -86,6 +85,6 @@ def _sample_rows(path: str, descriptor: int, members: dict[str, tarfile.TarInfo]
     if (member := members.get("json")) is not None and member.size <= MAX_JSON_BYTES:
         with suppress(ValueError, RecursionError):  # the audio is scored all the same
             about = {"json": parse_json(os.pread(descriptor, member.size, member.offset_data))}
-    for suffixes, member in members.items():
-        if is_audio(f".{suffixes}"):
+    for member in members.values():
+        if is_audio(member.name):
             yield Row({"path": path, "member": member.name, **about})

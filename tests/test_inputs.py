@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aesanet.errors import ClipError, InputError
 from aesanet.runtime.inputs import count_rows, read_rows
-from aesanet.runtime.rows import Clip, Row, failed_row, scored_row, write_row
+from aesanet.runtime.rows import OUTPUT_KEYS, Clip, Row, failed_row, scored_row, write_row
 
 
 def given_rows(*inputs):
@@ -106,8 +106,7 @@ def test_own_keys_come_first_and_unchanged(row):
     line = file.getvalue()
     assert line.count("\n") == 1
     back = json.loads(line)
-    ours = (*scores, "error", "truncated")
-    assert back == {key: value for key, value in row.items() if key not in ours} | scores
+    assert back == {key: value for key, value in row.items() if key not in OUTPUT_KEYS} | scores
     assert list(back)[-5:] == list(scores)
 
 
