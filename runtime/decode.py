@@ -46,7 +46,7 @@ class Heard:
 def decode(
     clips: Sequence[Clip], channels: ChannelPolicy = "mean"
 ) -> Generator[tuple[int, np.ndarray | Heard | ClipError], None, None]:
-    """Clips of one file (the same path and member), in in one pass over it where that saves decoding.
+    """Clips of one file (the same path and member), in one pass over it where that saves decoding.
 
     Yields (index into clips, float32 [samples] block at 16 kHz mono), any number of them, then exactly one
     (index, Heard) or (index, ClipError) for each clip; never raises ClipError itself. A clip's samples are
