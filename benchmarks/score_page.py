@@ -20,7 +20,7 @@ body { max-width: 68rem } h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } h3 {
 .tiles div { background: var(--card); border-radius: 8px; padding: .6rem 1.1rem }
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2 }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem 2rem }
-.three { display: flex; flex-wrap: wrap; align-items: start; gap: 1.5rem 3rem } .wide { overflow-x: auto }
+.three { display: flex; flex-wrap: wrap; align-items: start; gap: 1.5rem 2rem } .wide { overflow-x: auto }
 .two + .wide { margin-top: 1.5rem } .chart { display: block; width: 100% }
 svg text { fill: var(--faint); font-size: 12px }
 .chart text { paint-order: stroke; stroke: var(--back); stroke-width: 3px }
@@ -32,7 +32,7 @@ svg text { fill: var(--faint); font-size: 12px }
 ol { list-style: none; padding: 0; margin: 0 } li { padding: .45rem 0; border-bottom: 1px solid var(--line) }
 li b { float: left; width: 3.4rem } li > div { margin-left: 3.4rem; overflow-wrap: anywhere }
 audio { width: 100%; height: 2rem; margin-top: .3rem; display: block } .none { display: block; font-style: italic }
-.bar { text-align: left; min-width: 9rem } .bar i { display: block; height: .7rem; border-radius: 3px }
+.bar { text-align: left; min-width: 6rem } .bar i { display: block; height: .7rem; border-radius: 3px }
 .bar i { background: var(--CE) } .examples { text-align: left; overflow-wrap: anywhere; font-size: .85rem }
 td.left, th.left { text-align: left }
 """
