@@ -58,7 +58,7 @@ def clip_name(row: Mapping[str, Any]) -> str:
     """What a row is called: its path, what is meant within it, or the line that was no row."""
     name = str(row.get("path", row.get("line", "")))
     if row.get("member") is not None:
-        name += f" : {row['member']}"
+        name += f"/{row['member']}"
     start, end = row.get("start_time") or 0, row.get("end_time")
     if end not in (None, ""):
         return f"{name} [{start}-{end} s]"

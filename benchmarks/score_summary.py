@@ -120,8 +120,7 @@ class _Largest:
 def _correlations(columns: np.ndarray) -> np.ndarray:
     """float64 [n, 4] -> [4, 4]; nan for a column without spread, and for fewer than two rows."""
     found = np.full((len(AXES), len(AXES)), np.nan)
-    usable = np.flatnonzero(np.ptp(columns, axis=0)) if len(columns) else []
-    if len(usable):
+    if len(columns) and len(usable := np.flatnonzero(np.ptp(columns, axis=0))):
         found[np.ix_(usable, usable)] = np.corrcoef(columns[:, usable], rowvar=False)
     return found
 

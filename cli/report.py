@@ -7,7 +7,7 @@ import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import note
-from aesanet.cli.outputs import check_out
+from aesanet.cli.sinks import check_out
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def report(
     files = score_files(scores)
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out}: the page is HTML; give --out a name that ends in .html")
-    check_out(out, overwrite, files)
+    check_out(out, overwrite, resume=False, inputs=tuple(files))
     summary = Summary(read_results(files, note), clips)
     if not summary.scored and not summary.failed:
         raise InputError(f"no rows in {', '.join(scores)}")

@@ -13,7 +13,7 @@ import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import note
-from aesanet.cli.outputs import check_out
+from aesanet.cli.sinks import check_out
 from aesanet.errors import InputError
 
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".parquet")
@@ -108,10 +108,9 @@ def select(
     if (top is None) != (by is None):
         raise InputError("--top and --by go together, as in: --top 10% --by PQ")
     files = score_files(scores)
-    if out is not None:
-        if out.suffix.lower() not in _SUFFIXES:
-            raise InputError(f"{out}: a manifest is one of {', '.join(_SUFFIXES)}")
-        check_out(out, overwrite, files)
+    if out is not None and out.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"{out}: a manifest is one of {', '.join(_SUFFIXES)}")
+    check_out(out, overwrite, resume=False, inputs=tuple(files))
     conditions = Conditions(least, most, truncated=not no_truncated, silent=not no_silent)
     selection = Selection(files, conditions, Top(by, top) if top is not None and by is not None else None, note)
     try:
@@ -130,7 +129,7 @@ def select(
 def _write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
     """JSON lines to stdout; or a file, which is there whole or not at all."""
     from aesanet.files import replacing
-    from aesanet.runtime.rows import write_row
+    from aesanet.runtime.rows import row_line, write_row
 
     if out is None:
         for row in rows:
@@ -145,4 +144,4 @@ def _write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
     else:
         with replacing(out) as beside, open(beside, "w", encoding="utf-8") as file:
             for row in rows:
-                write_row(file, row)
+                file.write(row_line(row))

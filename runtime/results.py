@@ -1,7 +1,6 @@
 """Scores are read back: the JSON lines or the Parquet files that `aesanet score` wrote."""
 
 import glob
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO, Final, TypeAlias
 from aesanet.axes import AXES
 from aesanet.errors import InputError
 from aesanet.runtime.inputs import BYTE_ORDER_MARK, PARQUET_SUFFIX
+from aesanet.runtime.rows import parse_json
 
 STDIN: Final = "-"
 LONG_KEYS: Final = ("windows", "embedding")
@@ -90,7 +90,7 @@ def _json_rows(name: str, file: BinaryIO, note: Note) -> Iterator[tuple[str, dic
             continue
         place = f"{name}: line {number}"
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 note(f"{place}, the last, is torn and left out; is a run still writing it?")

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import RECORDINGS
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from aesanet.axes import AXES
+from aesanet.cli.main import main
 from aesanet.errors import InputError
 from aesanet.runtime.inputs import count_rows, read_rows
 from aesanet.runtime.parquet import read_parquet, write_parquet
@@ -125,17 +127,23 @@ def test_what_cannot_be_read(tmp_path):
             list(read_rows([str(tmp_path / f"{name}.parquet")]))
 
 
-def test_without_pyarrow_it_says_what_to_install(tmp_path):
-    code = f"""
+def test_without_pyarrow_it_says_what_to_install(tiny_bundle, tmp_path):
+    code = """
 import sys
 sys.modules["pyarrow"] = None
 from aesanet.cli.main import main
-main(["score", "no.bundle", {str(tmp_path / "m.parquet")!r}])
+main(sys.argv[1:])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'aesanet[parquet]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    for arguments in (
+        ["no.bundle", tmp_path / "m.parquet"],
+        [tiny_bundle, RECORDINGS[0], "--out", tmp_path / "s.parquet"],
+    ):
+        command = [sys.executable, "-c", code, "score", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "pip install 'aesanet[parquet]'" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_scores_have_the_same_types_whatever_the_rows(tmp_path):
@@ -239,3 +247,31 @@ def test_a_file_that_fails_leaves_the_old_one_and_no_other(tmp_path):
             write_parquet(tmp_path / "s.jsonl", tmp_path / "s.parquet")
     assert (tmp_path / "s.parquet").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["s.jsonl", "s.parquet"]
+
+
+def aesanet(*arguments):
+    with pytest.raises(SystemExit) as done:
+        main([*map(str, arguments)])
+    return done.value.code
+
+
+def test_from_a_manifest_to_scores_to_a_page_to_a_manifest_that_is_scored(tiny_bundle, tmp_path, capsys):
+    manifest, scores, lines, kept = (tmp_path / name for name in ("m.parquet", "s.parquet", "s.jsonl", "k.parquet"))
+    ends = pa.array([1.0, None, 0.5], pa.float64())
+    paths = [str(RECORDINGS[0]), str(tmp_path / "none.wav"), str(RECORDINGS[1])]
+    pq.write_table(pa.table({"path": paths, "end_time": ends, "tags": [["a"], [], None]}), manifest)
+    assert aesanet("score", tiny_bundle, manifest, "--per-window", "--embeddings", "--out", scores) == 1
+    assert aesanet("score", tiny_bundle, manifest, "--per-window", "--embeddings", "--out", lines) == 1
+    assert sorted(os.listdir(tmp_path)) == ["m.parquet", "s.jsonl", "s.parquet"]
+    expected = [json.loads(line) for line in lines.read_text().splitlines()]
+    found = [{key: value for key, value in row.items() if value is not None} for row in read_parquet(str(scores))]
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(row.pop("embedding", []), np.float32(other.pop("embedding", [])))
+        assert row == {key: value for key, value in other.items() if value is not None}
+
+    assert aesanet("report", scores, "--out", tmp_path / "r.html") == 0
+    assert "2 clips scored, 0.00 h of audio, 1 rows failed" in capsys.readouterr().out
+    assert aesanet("select", scores, "--max", "seconds=0.5", "--out", kept) == 0
+    assert aesanet("score", tiny_bundle, kept) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {key: again[key] for key in (*AXES, "seconds")} == {key: expected[2][key] for key in (*AXES, "seconds")}

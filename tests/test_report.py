@@ -233,7 +233,7 @@ def test_a_torn_last_line_is_left_out_with_a_note_and_any_other_is_an_error(tmp_
     [
         ("[1]\n", "line 1: a JSON list"),
         ('{"path": "a"}\n', "line 1: CE is None"),
-        ('{"CE": 1, "CU": 2, "PC": 3, "PQ": NaN, "seconds": 1}\n', "PQ is nan; it must be a number"),
+        ('{"CE": 1, "CU": 2, "PC": 3, "PQ": NaN, "seconds": 1}\n', "not a JSON object: NaN is not a number"),
         ('{"CE": 1, "CU": 2, "PC": 3, "PQ": true, "seconds": 1}\n', "PQ is True"),
         ('{"CE": 1, "CU": 2, "PC": 3, "PQ": 1' + "0" * 400 + ', "seconds": 1}\n', "PQ is 1000"),
         ('{"CE": 1, "CU": 2, "PC": 3, "PQ": 4, "seconds": -1}\n', "seconds is -1"),
@@ -281,7 +281,7 @@ def test_globs_that_are_names_and_files_in_order(tmp_path):
 
 
 def test_clips_are_called_by_what_is_meant():
-    assert clip_name({"path": "a.tar", "member": "b.wav"}) == "a.tar : b.wav"
+    assert clip_name({"path": "a.tar", "member": "b.wav"}) == "a.tar/b.wav"
     assert clip_name({"path": "a.wav", "start_time": 1.5, "end_time": "3"}) == "a.wav [1.5-3 s]"
     assert clip_name({"path": "a.wav", "start_time": 1.5, "end_time": ""}) == "a.wav [from 1.5 s]"
     assert clip_name({"path": "a.wav", "start_time": 0, "end_time": None}) == "a.wav"
