@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 import tracemalloc
 from html.parser import HTMLParser
 
@@ -149,6 +150,9 @@ def test_players_give_what_the_network_heard(tmp_path):
     assert "no player: not_found" in players.player({"path": "none.wav"})
     assert "no player: bad_row" in players.player({"line": "{"})
     assert "the page is full" in Players(1.5, 1_000).player(row)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(row["path"], "b.wav")
+    assert source in players.player(row | {"path": str(tmp_path / "a.tar"), "member": "b.wav"})
 
 
 @given(st.text(st.characters(codec=None, exclude_categories=())), st.sampled_from(("<b>{}</b>", "<b title='{}'>x</b>")))
