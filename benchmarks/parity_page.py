@@ -1,6 +1,5 @@
 """What `aesanet verify` found, as one HTML page that needs nothing else: verdicts, tables, plots."""
 
-import html
 import io
 from collections.abc import Mapping, Sequence
 
@@ -8,17 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aesanet.axes import AXES
+from aesanet.benchmarks.page import AXIS_COLOURS, page, text
 from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, allowed
 from aesanet.bundle import Manifest, Verification
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left } .passed { color: #17692c } .failed { color: #b3261e }
-svg { max-width: 100%; height: auto }
-"""
 _MANY_POINTS = 2000  # an axis, from which on they are drawn as a picture
-_COLOURS = dict(zip(AXES, ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0"), strict=True))
 
 
 def parity_page(
@@ -31,28 +24,27 @@ def parity_page(
     """The page: `found` has what was measured of each engine and its scores of each window, float64 [windows, 4]."""
     seconds = sum(len(window.samples) for window in reference.windows) / manifest.sample_rate
     parts = [
-        f"<h1>Are the scores of {_text(bundle)} the checkpoint's?</h1>",
-        f"<p>{_text(manifest.source.checkpoint)} (sha256 {manifest.source.sha256[:16]}…; {manifest.weights} weights), "
+        f"<h1>Are the scores of {text(bundle)} the checkpoint's?</h1>",
+        f"<p>{text(manifest.source.checkpoint)} (sha256 {manifest.source.sha256[:16]}…; {manifest.weights} weights), "
         f"{len(reference.windows)} windows, {seconds:.0f} s of audio. The reference is PyTorch in FP32, eager, each "
         f"window alone and unpadded. FP32 in a front end moves these scores by up to {reference.rounding.max():.1e}; a "
         f"window's limit is widened by twice what it is there, by .02 at most, and its point is hollow where that more "
         f"than doubles the limit. SRCC is held to {SRCC_LIMIT} from {SRCC_FROM} windows on.</p>",
     ]
     for name, (result, scores) in found.items():
-        parts += [f"<h2>{_text(name)}</h2>", _verdict(result)]
+        parts += [f"<h2>{text(name)}</h2>", _verdict(result)]
         if scores is not None:
             parts += [_table(result), _plot(reference, scores, result)]
     if layers:
-        parts += ["<h2>Layers</h2>", f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in layers)}</ul>"]
-    head = f"<meta charset=utf-8><title>{_text(bundle)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+        parts += ["<h2>Layers</h2>", f"<ul>{''.join(f'<li>{text(line)}</li>' for line in layers)}</ul>"]
+    return page(bundle, "".join(parts))
 
 
 def _verdict(result: Verification) -> str:
     if not result.failures:
-        return f"<p class=passed><b>Passed</b>: {_text(result.engine)}, limit {result.limit:g}</p>"
-    lines = "".join(f"<li>{_text(failure)}</li>" for failure in result.failures)
-    return f"<p class=failed><b>Failed</b>: {_text(result.engine)}, limit {result.limit:g}</p><ul>{lines}</ul>"
+        return f"<p class=passed><b>Passed</b>: {text(result.engine)}, limit {result.limit:g}</p>"
+    lines = "".join(f"<li>{text(failure)}</li>" for failure in result.failures)
+    return f"<p class=failed><b>Failed</b>: {text(result.engine)}, limit {result.limit:g}</p><ul>{lines}</ul>"
 
 
 def _table(result: Verification) -> str:
@@ -77,7 +69,7 @@ def _plot(reference: Reference, found: np.ndarray, result: Verification) -> str:
     figure = Figure(figsize=(10, 4), layout="constrained")
     scatter, difference = figure.subplots(1, 2)
     for column, axis in enumerate(AXES):
-        ours, theirs, colour = found[:, column], expected[:, column], _COLOURS[axis]
+        ours, theirs, colour = found[:, column], expected[:, column], AXIS_COLOURS[axis]
         many = len(theirs) > _MANY_POINTS
         scatter.scatter(theirs, ours, s=14, color=colour, label=axis, rasterized=many)
         faces = np.where(widened, "none", colour)
@@ -96,7 +88,3 @@ def _plot(reference: Reference, found: np.ndarray, result: Verification) -> str:
 
 def _number(value: float | None, layout: str) -> str:
     return "none" if value is None else format(value, layout)
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

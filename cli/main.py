@@ -19,6 +19,8 @@ _COMMANDS = {
     "verify": ("verify", "Hold a bundle's scores to its checkpoint's, on every engine that runs here."),
     "bench": ("bench", "Time batches and cold starts of a bundle here, and compare what was measured."),
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
+    "report": ("report", "Make a page of scores: distributions, correlations, clips to hear, errors."),
+    "select": ("select", "Keep the rows of score files that pass: a manifest."),
     "train": ("train", "Train a checkpoint on clips that people have rated; goes on where it was stopped."),
     "evaluate": ("evaluate", "Compare scores with human labels: MSE, LCC, SRCC, KTAU."),
     "calibrate": ("evaluate", "Fit a checkpoint's scores to human labels; ranks stay as they are."),

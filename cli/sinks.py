@@ -77,14 +77,15 @@ class ParquetFile(RowFile):
     """JSON lines while the run goes on, which become a Parquet file at its end."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        # At once: without pyarrow there is no use in beginning.
+        from aesanet.runtime.parquet import write_parquet
+
         super().__init__(rows_file(path), run)
-        self._parquet = path
+        self._parquet, self._write_parquet = path, write_parquet
 
     def finish(self) -> None:
         """As `RowFile.finish`."""
-        from aesanet.runtime.parquet import write_parquet
-
-        write_parquet(self.path, self._parquet)
+        self._write_parquet(self.path, self._parquet)
         self.path.unlink()
         super().finish()
 

@@ -13,6 +13,7 @@ from aesanet.runtime.rows import Row, is_tar, parse_json
 from aesanet.runtime.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
 
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
+PARQUET_SUFFIX = ".parquet"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 
@@ -21,15 +22,19 @@ def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
     """Rows of all inputs, in order.
 
     An input is an audio file, a tar of them (.tar), a folder (searched recursively, in the order of names), a glob,
-    a manifest (.jsonl, .csv, .tsv) or `-`: JSON lines or plain paths from standard input. A file that does not exist
-    is a row, whose clip then has the error, and so is a folder or tar that cannot be read; a manifest that cannot,
-    and a compressed tar, raise InputError.
+    a manifest (.jsonl, .csv, .tsv, .parquet) or `-`: JSON lines or plain paths from standard input. A file that does
+    not exist is a row, whose clip then has the error, and so is a folder or tar that cannot be read; a manifest that
+    cannot, and a compressed tar, raise InputError.
     """
     for name in inputs:
         if name == "-":
             yield from _lines(sys.stdin.buffer)
         elif os.path.isdir(name):
             yield from _folder(name)
+        elif _is_parquet(name):
+            from aesanet.runtime.parquet import parquet_rows
+
+            yield from parquet_rows(name)
         elif name.lower().endswith(MANIFEST_SUFFIXES):
             yield from _manifest(name)
         elif glob.has_magic(name) and not os.path.lexists(name):
@@ -41,7 +46,19 @@ def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
 
 def count_rows(inputs: Sequence[str]) -> int | None:
     """How many rows `read_rows` will give, or None where that cannot be known beforehand."""
-    return None if "-" in inputs else sum(1 for _ in read_rows(inputs))
+    return None if "-" in inputs else sum(map(_count, inputs))
+
+
+def _count(name: str) -> int:
+    if _is_parquet(name):
+        from aesanet.runtime.parquet import count_parquet_rows
+
+        return count_parquet_rows(name)  # which it says of itself
+    return sum(1 for _ in read_rows([name]))
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(PARQUET_SUFFIX) and not os.path.isdir(name)
 
 
 def _file(path: str) -> Iterator[Row]:

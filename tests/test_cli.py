@@ -177,7 +177,7 @@ def test_doctor_tells_versions_engines_and_codecs():
 
 def test_help_lists_every_command():
     out = CliRunner().invoke(cli, ["--help"]).output
-    for command in ("export", "compile", "build", "score", "doctor"):
+    for command in ("export", "compile", "build", "score", "report", "select", "doctor"):
         assert command in out
         assert CliRunner().invoke(cli, [command, "--help"]).exit_code == 0
     assert CliRunner().invoke(cli, ["--version"]).output.strip() == f"aesanet, version {__version__}"

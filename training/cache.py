@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from aesanet.errors import InputError
+from aesanet.files import replacing
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, WindowPolicy, num_frames, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import BEATsConfig
@@ -23,7 +24,6 @@ from aesanet.runtime.rows import Clip
 from aesanet.runtime.windows import split_windows
 from aesanet.training.background import ahead
 from aesanet.training.dataset import Data, FoundClip, Trunk, Window, window_lengths
-from aesanet.training.files import replacing
 from aesanet.training.progress import Progress
 
 NPY_HEADER = 128

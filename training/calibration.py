@@ -8,9 +8,9 @@ import numpy as np
 
 from aesanet.axes import AXES, AXIS_NAMES
 from aesanet.errors import InputError
+from aesanet.files import replacing
 from aesanet.models.checkpoint import rewrite_config
 from aesanet.models.config import AESANetConfig, Affine, Calibration
-from aesanet.training.files import replacing
 
 MIN_CLIPS: Final = 10  # with fewer, a line follows their raters' whims
 

@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 
 from aesanet.errors import ClipError, InputError
+from aesanet.files import naming
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip, file_name
-from aesanet.training.files import naming
 from aesanet.training.labels import LabelledClip
 from aesanet.training.progress import Progress
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from aesanet import __version__
 from aesanet.axes import AXES
+from aesanet.files import replacing
 from aesanet.training.dataset import Data
-from aesanet.training.files import replacing
 from aesanet.training.monitor import Signs
 from aesanet.training.triplet import TripletCounters
 

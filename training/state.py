@@ -9,8 +9,8 @@ import msgspec
 import torch
 
 from aesanet.errors import InputError
+from aesanet.files import replacing
 from aesanet.training.config import TrainingConfig
-from aesanet.training.files import replacing
 from aesanet.training.monitor import Signs
 
 STATE_NAME = "state.pt"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from aesanet.errors import TrainingError
+from aesanet.files import replacing
 from aesanet.hashing import file_sha256
 from aesanet.models.aesanet import TRUNK_PREFIX, AESANet
 from aesanet.models.checkpoint import save_checkpoint
@@ -22,7 +23,6 @@ from aesanet.training.cache import weights_sha256
 from aesanet.training.config import TrainingConfig, learning_rate
 from aesanet.training.dataset import Data, Trunk
 from aesanet.training.deterministic import deterministic, seed_step
-from aesanet.training.files import replacing
 from aesanet.training.learner import Learner, whole_clips
 from aesanet.training.losses import ClipOutputs, Loss, training_loss
 from aesanet.training.monitor import read_signs, read_warnings

@@ -12,12 +12,12 @@ import msgspec
 import numpy as np
 import soundfile
 
+from aesanet.files import replacing
 from aesanet.machine import usable_cores
 from aesanet.training.demo import degrade, render
 from aesanet.training.demo.plan import SEED, DemoClip, DemoSplit
 from aesanet.training.demo.render import Reference, write_clip
 from aesanet.training.demo.tables import LABELS_FILE, REFERENCES_FILE, read_table
-from aesanet.training.files import replacing
 
 NOISE_FLOOR_DB: Final = -50
 
