@@ -4,32 +4,23 @@ Cells of the grid (batch x seconds) take turns, so that a machine that slows dow
 until the medians of the first and the second half of its times agree. Audio is noise: engines take no longer for music.
 """
 
-import csv
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from scipy import stats
 
-from aesanet import __version__
-from aesanet.bundle import MANIFEST_NAME
+from aesanet.benchmarks.records import WHERE, read_rows_of
 from aesanet.errors import BackendError, InputError
-from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE
-from aesanet.machine import list_gpus, processor_name, usable_cores
 from aesanet.runtime.backends.base import Backend
-from aesanet.runtime.scorer import Scorer
 
-WHERE: Final = "date aesanet processor cores load gpu python bundle_sha256 weights engine".split()
 LATENCY_COLUMNS: Final = (
     *WHERE,
     *"batch clip_seconds repeats milliseconds_p50 p50_low p50_high".split(),
@@ -50,26 +41,6 @@ class Cell:
 
     batch: int
     seconds: float
-
-
-def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
-    """What every row says of its machine, bundle and engine."""
-    try:
-        gpu = "; ".join(map(str, list_gpus()))
-    except BackendError:
-        gpu = ""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "aesanet": __version__,
-        "processor": processor_name(),
-        "cores": usable_cores(),
-        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "bundle_sha256": file_sha256(bundle / MANIFEST_NAME)[:16],
-        "weights": scorer.manifest.weights,
-        "engine": scorer.backend.name,
-    }
 
 
 def measure_latency(
@@ -146,33 +117,6 @@ def measure_cold_start(bundle: Path, options: Mapping[str, str], repeats: int) -
     medians = [round(statistics.median(part), 1) for part in zip(*runs, strict=True)]
     names = ("import_milliseconds", "open_milliseconds", "first_score_milliseconds")
     return {"repeats": repeats, **dict(zip(names, medians, strict=True))}
-
-
-def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV, or begin it; raises InputError where it has other columns."""
-    try:
-        begun = path.exists() and path.stat().st_size > 0
-        if begun and list(read_rows_of(path)[0]) != list(columns):
-            raise InputError(f"{path}: has other columns; give --out another name")
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if not begun:
-                writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-def read_rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; raises InputError where there is none."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not rows:
-        raise InputError(f"{path}: has no rows")
-    return rows
 
 
 def compare(before: Path, after: Path) -> list[dict[str, Any]]:

@@ -38,14 +38,8 @@ def bench() -> None:
 def latency(bundle: Path, batches: list[float], seconds: list[float], most: float, out: Path, **engine: Any) -> None:
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
-        from aesanet.benchmarks.latency import (
-            LATENCY_COLUMNS,
-            Cell,
-            append_rows,
-            latency_row,
-            measure_latency,
-            provenance,
-        )
+        from aesanet.benchmarks.latency import LATENCY_COLUMNS, Cell, latency_row, measure_latency
+        from aesanet.benchmarks.records import append_rows, provenance
     from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
     from aesanet.runtime.scorer import Scorer
 
@@ -77,7 +71,8 @@ def latency(bundle: Path, batches: list[float], seconds: list[float], most: floa
 def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     """Time a fresh process until its first score: import, open BUNDLE, score one window."""
     with extra("bench"):
-        from aesanet.benchmarks.latency import COLD_COLUMNS, append_rows, measure_cold_start, provenance
+        from aesanet.benchmarks.latency import COLD_COLUMNS, measure_cold_start
+        from aesanet.benchmarks.records import append_rows, provenance
     from aesanet.runtime.scorer import Scorer
 
     where = provenance(Scorer.open(bundle, **engine), bundle)
@@ -86,6 +81,47 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     click.echo(
         f"{row['engine']}: import {row['import_milliseconds']} ms, open {row['open_milliseconds']} ms, "
         f"first score {row['first_score_milliseconds']} ms (medians of {repeats})"
+    )
+
+
+@bench.command("end-to-end")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path())
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--max-batch-seconds", type=click.FloatRange(min=0, min_open=True), help="As of `aesanet score`.")
+@click.option("--workers", type=click.IntRange(min=1), help="As of `aesanet score`.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("end-to-end.csv"), show_default=True)
+@engine_options
+def end_to_end(
+    bundle: Path,
+    inputs: tuple[str, ...],
+    rounds: int,
+    max_batch_seconds: float | None,
+    workers: int | None,
+    out: Path,
+    **engine: Any,
+) -> None:
+    """Time INPUTS from files to rows with BUNDLE, beside decoding alone and the engine alone; all audio is held."""
+    with extra("bench"):
+        from aesanet.benchmarks.end_to_end import END_TO_END_COLUMNS, measure_end_to_end
+        from aesanet.benchmarks.records import append_rows, provenance
+    from aesanet.runtime.inputs import read_rows
+    from aesanet.runtime.scorer import Scorer
+
+    scorer = Scorer.open(bundle, **engine)
+    note(f"{scorer.backend.name} ({scorer.reason})")
+    where = provenance(scorer, bundle)
+    settings = scorer.settings(workers, max_batch_seconds)
+    row = where | measure_end_to_end(scorer, list(read_rows(inputs)), settings, rounds)
+    append_rows(out, END_TO_END_COLUMNS, [row])
+    click.echo(
+        f"{row['clips']} clips, {row['audio_seconds']} s of audio: decoding alone {row['decoding_seconds']} s, engine "
+        f"alone {row['engine_seconds']} s, files to rows {row['end_to_end_seconds']} s ({row['x_real_time']} x real "
+        f"time), which is {row['share_of_slower']:.1%} of what the slower one alone reaches"
+    )
+    click.echo(
+        f"engine {row['engine_share']:.1%} of the time, waiting for audio {row['waiting_share']:.1%}; padding "
+        f"{row['padding']:.1%} of {row['batches']} batches (medians of {rounds} rounds)"
     )
 
 

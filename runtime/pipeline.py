@@ -23,7 +23,7 @@ from aesanet.runtime.windows import WindowCutter, pad_batch
 
 Row = TypeVar("Row")
 
-_BATCHES_AHEAD: Final = 2
+BATCHES_AHEAD: Final = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Pipeline(Generic[Row]):
         self._backend, self._policy, self._settings = backend, policy, settings
         batch_samples = round(settings.batch_seconds * SAMPLE_RATE)
         self._planner: Planner[_Clip[Row]] = Planner(policy.window_samples, batch_samples)
-        self._ahead = LookAhead(
+        self.windows: LookAhead[Job[Row], tuple[int, np.ndarray | Heard | ClipError]] = LookAhead(
             jobs, self._windows_of, _weight, max(batch_samples, 1) * GROUP_BATCHES, settings.workers
         )
         self._under_way: deque[_Batch[Row] | _Clip[Row] | GroupEnd] = deque()
@@ -136,16 +136,16 @@ class Pipeline(Generic[Row]):
                         yield waiting.pop(next_number)
                         next_number += 1
         finally:
-            self._ahead.close()
+            self.windows.close()
 
     def stop(self) -> None:
         """Begin no more jobs; what is under way is finished. May be called by a signal's handler."""
-        self._ahead.stop()
+        self.windows.stop()
 
     @property
     def spent(self) -> Spent:
         """Where the time went so far."""
-        planner, ahead = self._planner, self._ahead
+        planner, ahead = self._planner, self.windows
         return Spent(
             decoding=ahead.working_seconds,
             waiting=ahead.waited_seconds,
@@ -175,7 +175,7 @@ class Pipeline(Generic[Row]):
     def _done(self) -> Iterator["_Clip[Row] | GroupEnd"]:
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
         clips: list[_Clip[Row]] = []
-        for job, (index, found) in self._ahead:
+        for job, (index, found) in self.windows:
             if not clips:
                 clips = [_Clip(self._rows + number, row) for number, row in enumerate(job.rows)]
                 self._rows += len(clips)
@@ -212,7 +212,7 @@ class Pipeline(Generic[Row]):
             self._under_way.append(_Batch(parts, pending))
             yield from self._take()
 
-    def _take(self, batches_left: int = _BATCHES_AHEAD) -> Iterator["_Clip[Row] | GroupEnd"]:
+    def _take(self, batches_left: int = BATCHES_AHEAD) -> Iterator["_Clip[Row] | GroupEnd"]:
         """What is done, in the order in which it was given; batches beyond `batches_left` are waited for."""
         batches = sum(isinstance(step, _Batch) for step in self._under_way)
         while self._under_way and (batches > batches_left or not isinstance(self._under_way[0], _Batch)):

@@ -187,7 +187,7 @@ def test_an_engine_that_fails_ends_the_run_and_its_threads():
     pipeline = Pipeline((s for s, _ in jobs_of([[(9_000, False)]] * 500)), Failing(), POLICY, Settings(2, 1.0))
     with pytest.raises(RuntimeError, match="the engine"):
         list(pipeline.run())
-    assert not any(thread.is_alive() for thread in pipeline._ahead._threads)
+    assert not any(thread.is_alive() for thread in pipeline.windows._threads)
 
 
 def test_stop_ends_with_whole_rows():
@@ -212,7 +212,7 @@ def test_memory_is_bounded_by_the_batch_and_not_by_a_long_clip():
 
     class Watching(Known):
         def scores(self, waveform, num_samples):
-            held.append(pipeline._ahead._held / SAMPLE_RATE)
+            held.append(pipeline.windows._held / SAMPLE_RATE)
             return super().scores(waveform, num_samples)
 
     pipeline = Pipeline([Job([0], hour)], Watching(), POLICY, Settings(1, 1.0))

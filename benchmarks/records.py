@@ -1,0 +1,65 @@
+"""Measurements as CSV files: each row says what it was measured on, and files are added to."""
+
+import csv
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from aesanet import __version__
+from aesanet.bundle import MANIFEST_NAME
+from aesanet.errors import BackendError, InputError
+from aesanet.hashing import file_sha256
+from aesanet.machine import list_gpus, processor_name, usable_cores
+from aesanet.runtime.scorer import Scorer
+
+WHERE: Final = "date aesanet processor cores load gpu python bundle_sha256 weights engine".split()
+
+
+def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
+    """What every row says of its machine, bundle and engine."""
+    try:
+        gpu = "; ".join(map(str, list_gpus()))
+    except BackendError:
+        gpu = ""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "aesanet": __version__,
+        "processor": processor_name(),
+        "cores": usable_cores(),
+        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "bundle_sha256": file_sha256(bundle / MANIFEST_NAME)[:16],
+        "weights": scorer.manifest.weights,
+        "engine": scorer.backend.name,
+    }
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV, or begin it; raises InputError where it has other columns."""
+    try:
+        begun = path.exists() and path.stat().st_size > 0
+        if begun and list(read_rows_of(path)[0]) != list(columns):
+            raise InputError(f"{path}: has other columns; give --out another name")
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if not begun:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def read_rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; raises InputError where there is none."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    return rows
