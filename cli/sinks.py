@@ -77,17 +77,45 @@ class ParquetFile(RowFile):
     """JSON lines while the run goes on, which become a Parquet file at its end."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        # At once: without pyarrow there is no use in beginning.
-        from aesanet.runtime.parquet import write_parquet
-
+        self._parquet, self._finished = path, path.exists() and not state_of(rows_file(path)).exists()
         super().__init__(rows_file(path), run)
-        self._parquet, self._write_parquet = path, write_parquet
+
+    def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
+        """As `RowFile.resume`; a Parquet file alone is what a finished run left."""
+        if not self._finished:
+            return super().resume(rows, ordered)
+        from aesanet.runtime.parquet import read_parquet
+        from aesanet.runtime.results import LONG_KEYS
+
+        for done in read_parquet(str(self._parquet), leave_out=LONG_KEYS):
+            self.tally.add({key: value for key, value in done.items() if value is not None})
+        asked = sum(1 for _ in rows)
+        if asked != self.tally.rows:
+            raise InputError(
+                f"{self._parquet}: is finished, with {self.tally.rows} rows, and the input has {asked}; "
+                "give --overwrite to start anew"
+            )
+        return True
+
+    def begin(self) -> None:
+        """As `RowFile.begin`."""
+        self._finished = False
+        super().begin()
 
     def finish(self) -> None:
         """As `RowFile.finish`."""
-        self._write_parquet(self.path, self._parquet)
-        self.path.unlink()
-        super().finish()
+        from aesanet.runtime.parquet import write_parquet
+
+        if not self._finished:
+            write_parquet(self.path, self._parquet)
+            super().finish()
+            self._finished = True
+
+    def close(self) -> None:
+        """As `RowFile.close`."""
+        super().close()
+        if self._finished:
+            self.path.unlink(missing_ok=True)
 
 
 def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:

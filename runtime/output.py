@@ -140,7 +140,7 @@ class RowFile:
         self._file.close()
 
     def _cut(self, num_bytes: int) -> None:
-        if self._keeps_state:
+        if self._keeps_state and self._file.tell() != num_bytes:
             self._file.truncate(num_bytes)
             self._file.seek(num_bytes)
 

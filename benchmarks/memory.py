@@ -1,0 +1,109 @@
+"""How much memory scoring takes, whatever comes: `python -m aesanet.benchmarks.memory BUNDLE --out memory.csv`.
+
+Each case is a run of `aesanet score` in a process of its own, whose peak the system tells. Files are noise, written as
+they would be found; rows are of many short files, each asked for many times.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import soundfile
+
+from aesanet.benchmarks.records import WHERE, append_rows, provenance
+from aesanet.runtime.rows import row_line
+from aesanet.runtime.scorer import Scorer
+
+COLUMNS: Final = (*WHERE, *"case rows audio_seconds seconds peak_memory_mib above_one_clip_mib".split())
+
+_RATE: Final = 16_000
+_SHORT_FILES: Final = 500
+_COMMAND: Final = (sys.executable, "-c", "from aesanet.cli.main import main; main()", "score")
+
+
+def _long(folder: Path, container: str, hours: float) -> tuple[Path, int, float]:
+    path = folder / f"long.{container}"
+    blocks = np.random.default_rng(0).normal(0, 0.1, (60, _RATE)).astype(np.float32)
+    with soundfile.SoundFile(path, "w", _RATE, 1) as file:
+        for second in range(round(3600 * hours)):
+            file.write(blocks[second % len(blocks)])
+    return path, 1, 3600 * hours
+
+
+def _many(folder: Path, rows: int) -> tuple[Path, int, float]:
+    rng = np.random.default_rng(1)
+    for number in range(_SHORT_FILES):
+        soundfile.write(folder / f"{number}.flac", rng.normal(0, 0.1, _RATE // 2), _RATE)
+    manifest = folder / "rows.jsonl"
+    with open(manifest, "w") as file:
+        for number in range(rows):
+            file.write(row_line({"path": str(folder / f"{rng.integers(_SHORT_FILES)}.flac"), "number": number}))
+    return manifest, rows, rows / 2
+
+
+def _run(bundle: Path, source: Path, engine: Sequence[str]) -> tuple[float, int]:
+    """Seconds and MiB at the peak of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = ("--out", str(Path(folder) / "rows.jsonl"))
+        began = time.perf_counter()
+        running = subprocess.Popen([*_COMMAND, str(bundle), str(source), *out, *engine], stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(running.pid, 0)
+        running.returncode = os.waitstatus_to_exitcode(status)
+        if running.returncode != 0:
+            raise RuntimeError(f"{source}: exit status {running.returncode}")
+        return time.perf_counter() - began, round(usage.ru_maxrss / 1024)
+
+
+def measure_memory(bundle: Path, rows: int, hours: float, engine: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each case; `engine` are options of `aesanet score`."""
+    cases: dict[str, Callable[[Path], tuple[Path, int, float]]] = {
+        "one clip of 10 s": lambda folder: _long(folder, "flac", 10 / 3600),
+        **{
+            f"{hours:g} hours of {container}": lambda folder, container=container: _long(folder, container, hours)
+            for container in ("flac", "mp3", "ogg")
+        },
+        f"{rows:,} clips of .5 s": lambda folder: _many(folder, rows),
+    }
+    measured: list[dict[str, Any]] = []
+    for name, make in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            source, count, audio_seconds = make(Path(folder))
+            seconds, peak = _run(bundle, source, engine)
+        least = measured[0]["peak_memory_mib"] if measured else peak
+        measured.append(
+            {
+                "case": name,
+                "rows": count,
+                "audio_seconds": round(audio_seconds),
+                "seconds": round(seconds, 1),
+                "peak_memory_mib": peak,
+                "above_one_clip_mib": peak - least,
+            }
+        )
+        print(f"{name}: {peak} MiB in {seconds:.0f} s", file=sys.stderr)
+    return measured
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    where = provenance(Scorer.open(arguments.bundle, backend=arguments.backend), arguments.bundle)
+    rows = measure_memory(arguments.bundle, arguments.rows, arguments.hours, ("--backend", arguments.backend))
+    append_rows(arguments.out, COLUMNS, [where | row for row in rows])
+
+
+if __name__ == "__main__":
+    main()

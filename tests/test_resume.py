@@ -1,0 +1,196 @@
+"""Runs that are killed at any instant and gone on with, as users do it: by command, with real files of every kind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import RECORDINGS
+
+from aesanet.cli.sinks import rows_file
+from aesanet.runtime.output import state_of
+from aesanet.runtime.results import read_results
+
+COMMAND = [sys.executable, "-c", "from aesanet.cli.main import main; main()"]
+BATCHES = ("--max-batch-seconds", "4", "--workers", "2")  # small ones, so that a short run has many groups
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Some 400 rows: recordings, short clips, segments of one file, repeated ones, and rows of no use."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(120):
+        path = folder / f"{number}.{rng.choice(['wav', 'flac', 'ogg'])}"
+        soundfile.write(path, rng.normal(0, 0.1, rng.integers(1_000, 60_000)), 16_000)
+        rows.append({"path": str(path), "id": number})
+        rows += [{"path": str(path), "start_time": start, "end_time": start + 0.7} for start in (0.0, 0.4)]
+    (folder / "broken.mp3").write_text("no audio")
+    for path in RECORDINGS:
+        rows.append({"path": str(path)})
+        rows += [{"path": str(path), "start_time": start / 2} for start in range(4)]
+    rows += [{"path": str(folder / "broken.mp3")}, {"path": "nothing.wav"}, {"id": "no path"}] * 3
+    random.Random(0).shuffle(rows)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{torn\n")
+    return path
+
+
+def command(bundle, manifest, out, *options):
+    engine = ("--backend", "onnxruntime", "--device", "cpu", "--threads", "1")
+    return [*COMMAND, "score", str(bundle), str(manifest), "--out", str(out), *BATCHES, *engine, *options]
+
+
+def finished(bundle, manifest, out, *options):
+    done = subprocess.run(command(bundle, manifest, out, *options), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr  # some rows fail
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "kills"), [((), 50), (("--unordered", "--per-window"), 10)])
+def test_a_run_killed_at_any_instants_ends_with_the_same_bytes(
+    tiny_bundle, manifest, tmp_path, options, kills, measured
+):
+    began = time.monotonic()
+    finished(tiny_bundle, manifest, tmp_path / "whole.jsonl", *options)
+    seconds = time.monotonic() - began
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert len(whole.splitlines()) == len(manifest.read_text().splitlines())
+
+    instants = random.Random(len(options))
+    out = tmp_path / "rows.jsonl"
+    killed, ended, kept = 0, 0, set()
+    while killed < kills:
+        running = subprocess.Popen(command(tiny_bundle, manifest, out, "--resume", *options), stderr=subprocess.DEVNULL)
+        try:
+            running.wait(instants.uniform(0.1, 0.8) * seconds)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            killed += 1
+            if state_of(out).exists():
+                kept.add(json.loads(state_of(out).read_bytes())["rows"])
+        else:
+            assert out.read_bytes() == whole
+            ended += 1
+            out.unlink()
+    finished(tiny_bundle, manifest, out, "--resume", *options)
+    assert out.read_bytes() == whole
+    assert not state_of(out).exists()
+    assert len(kept) > 3  # it was killed in many places, and went on from them
+    measured[f"kill -9 {' '.join(options)}"] = (
+        f"{killed} times, {len(kept)} different groups, {ended} whole runs between"
+    )
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_bundle, manifest, tmp_path):
+    finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
+    out = tmp_path / "rows.jsonl"
+    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.PIPE, text=True)
+    while not (out.exists() and out.stat().st_size):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    rows = out.read_bytes().splitlines()
+    assert f"interrupted after {len(rows)} rows of {len(manifest.read_text().splitlines())}" in err
+    assert "--resume" in err
+    assert all(json.loads(row) for row in rows)
+    before = json.loads(state_of(out).read_bytes())["rows"]
+    assert f"going on after {before} rows" in finished(tiny_bundle, manifest, out, "--resume")
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_finished_file_is_left_as_it_is(tiny_bundle, manifest, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    finished(tiny_bundle, manifest, out)
+    before = out.read_bytes(), os.stat(out).st_mtime_ns
+    assert "going on after" in finished(tiny_bundle, manifest, out, "--resume")
+    assert (out.read_bytes(), os.stat(out).st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--channels", "left"), 'begun with --channels "mean", and this is "left"'),
+        (("--per-window",), "begun with --per-window false, and this is true"),
+        (("--max-batch-seconds", "5"), "begun with --max-batch-seconds 4.0, and this is 5.0"),
+        (("--backend", "openvino", "--precision", "fp32"), "begun with the engine"),
+    ],
+)
+def test_another_run_does_not_go_on(tiny_bundle, manifest, tmp_path, options, told):
+    out = tmp_path / "rows.jsonl"
+    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
+    while not state_of(out).exists():
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    done = subprocess.run(
+        command(tiny_bundle, manifest, out, "--resume", *options), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert told in done.stderr
+    done = subprocess.run(command(tiny_bundle, manifest, out), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "an unfinished run is there; give --resume to go on, or --overwrite" in done.stderr
+
+
+def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(tiny_bundle, manifest, tmp_path):
+    """A limit on the size of files stands for a disk that is full: the write that passes it fails."""
+    out = tmp_path / "rows.jsonl"
+    finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+    limited = [sys.executable, "-c", limit + COMMAND[-1], *command(tiny_bundle, manifest, out)[len(COMMAND) :]]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "File too large after" in done.stderr
+    assert "with room again, --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert out.stat().st_size == 40_000
+    finished(tiny_bundle, manifest, out, "--resume")
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_no_order_gives_the_same_rows(tiny_bundle, manifest, tmp_path):
+    finished(tiny_bundle, manifest, tmp_path / "ordered.jsonl")
+    finished(tiny_bundle, manifest, tmp_path / "unordered.jsonl", "--unordered")
+    ordered, unordered = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("ordered", "unordered"))
+    assert ordered != unordered
+    assert sorted(ordered) == sorted(unordered)
+
+
+def test_parquet_is_resumed_through_its_lines_and_left_alone_when_finished(tiny_bundle, manifest, tmp_path):
+    finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
+    out = tmp_path / "rows.parquet"
+    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
+    lines = rows_file(out)
+    while not (lines.exists() and lines.stat().st_size):
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    assert not out.exists()
+    finished(tiny_bundle, manifest, out, "--resume")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
+    found = [row.row for row in read_results([str(out)])]
+    for row, line in zip(found, (tmp_path / "whole.jsonl").read_text().splitlines(), strict=True):
+        assert row == json.loads(line)
+    before = out.read_bytes()
+    assert "going on after" in finished(tiny_bundle, manifest, out, "--resume")
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
+    done = subprocess.run(
+        [*command(tiny_bundle, manifest, out, "--resume"), RECORDINGS[0]], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "is finished, with" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
