@@ -2,15 +2,12 @@
 
 import html
 
-from aesanet.axes import AXES
-
-_AXIS_COLOURS = dict(
-    zip(
-        AXES,
-        (("#0b6fa4", "#4fb3e8"), ("#c65102", "#f5924e"), ("#2f7d32", "#6cc070"), ("#7b3fa0", "#c193e0")),
-        strict=True,
-    )
-)  # in light and dark
+_AXIS_COLOURS = {  # in light and in dark
+    "CE": ("#0b6fa4", "#4fb3e8"),
+    "CU": ("#c65102", "#f5924e"),
+    "PC": ("#2f7d32", "#6cc070"),
+    "PQ": ("#7b3fa0", "#c193e0"),
+}
 AXIS_COLOURS = {axis: light for axis, (light, _) in _AXIS_COLOURS.items()}
 """For pictures on white; in a page, the CSS variables --CE to --PQ, which also know the dark."""
 
@@ -47,4 +44,9 @@ def page(title: str, body: str, style: str = "") -> str:
 
 def text(value: str) -> str:
     """Text as HTML: nothing in it is markup, and what cannot be printed, or is not UTF-8, is shown as an escape."""
-    return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in value))
+    return html.escape(printable(value))
+
+
+def printable(value: str) -> str:
+    """Text with escapes for what cannot be printed: control characters, bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)

@@ -117,8 +117,8 @@ def _clips(summary: Summary, players: Players) -> str:
     if not summary.best(AXES[0]):
         return ""
     parts = [
-        f"<h2>Best and worst</h2><p class=faint>Players have the first {players.seconds:g} s of a clip, as the "
-        "network hears it: mono, 16 kHz.</p>"
+        f"<h2>Best and worst</h2><p class=faint>Players have the first {players.seconds:g} s of a clip, as scoring "
+        "hears it unless told otherwise: the mean of its channels, at 16 kHz.</p>"
     ]
     for axis in AXES:
         lists = "".join(

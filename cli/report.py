@@ -1,5 +1,6 @@
 """`aesanet report`: many scores as one page, and their main figures as text."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,8 @@ def report(
     from aesanet.runtime.results import read_results, score_files
 
     files = score_files(scores)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{out}: the page is HTML; give --out a name that ends in .html")
+    if out.suffix.lower() not in (".html", ".htm") or not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: not a place for a page; give a .html in a folder that is there")
     check_out(out, overwrite, resume=False, inputs=tuple(files))
     summary = Summary(read_results(files, note), clips)
     if not summary.scored and not summary.failed:
@@ -73,6 +74,7 @@ def report(
 
 
 def _print(summary: "Summary", num_files: int) -> None:
+    from aesanet.benchmarks.page import printable
     from aesanet.benchmarks.score_page import clip_name, quantile_rows
     from aesanet.benchmarks.score_summary import QUANTILES
 
@@ -90,5 +92,6 @@ def _print(summary: "Summary", num_files: int) -> None:
             told = (f"{a}-{b} {found[i, j]:.3f}" for i, a in enumerate(AXES) for j, b in enumerate(AXES) if i < j)
             click.echo(f"{name:9}" + "  ".join(told))
     for code, count in summary.errors.most_common():
-        name = clip_name(summary.error_examples[code][0])
-        click.echo(f"{count:,} rows {ascii(code)[1:-1]}: {ascii(name)[1:-1]}{' and others' if count > 1 else ''}")
+        what = printable(f"{code}: {clip_name(summary.error_examples[code][0])}")
+        what = what.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
+        click.echo(f"{count:,} row{'' if count == 1 else 's'} {what}{' and others' if count > 1 else ''}")

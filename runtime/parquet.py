@@ -58,9 +58,10 @@ def parquet_rows(name: str) -> Iterator[Row]:
     Raises InputError, as `read_parquet` does.
     """
     with _parquet_file(name) as file:
-        names = file.schema_arrow.names
-    if "path" not in names:
-        raise InputError(f"{name}: its columns are {names}; it must have a `path`")
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        as_text = any(leaf.path == "path" and not _is_binary(leaf) for leaf in _leaves(file))
+    if not as_text:
+        raise InputError(f"{name}: its columns are {columns}; it must have a `path` of strings")
     for given in read_parquet(name):
         yield Row(given)
 
@@ -84,14 +85,13 @@ def read_parquet(name: str, leave_out: Collection[str] = ()) -> Iterator[dict[st
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise InputError(f"{name}: its columns are {names}; no name may be there twice")
-        leaves = (file.schema.column(i) for i in range(len(file.schema)))
-        wanted = [leaf.path for leaf in leaves if not (_is_binary(leaf) or _is_of(leaf.path, leave_out))]
+        wanted = [leaf.path for leaf in _leaves(file) if not (_is_binary(leaf) or _is_of(leaf.path, leave_out))]
         try:
             for batch in file.iter_batches(_READ_ROWS, columns=wanted):
                 columns = [_values(column) for column in batch.columns]
                 for values in zip(*columns, strict=True):
                     yield dict(zip(batch.schema.names, values, strict=True))
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise InputError(f"{name}: a damaged Parquet file, or one that cannot be read here: {error}") from None
 
 
@@ -136,6 +136,11 @@ def _parquet_file(name: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
+def _leaves(file: pq.ParquetFile) -> Iterator[Any]:
+    """Columns as they are stored: those within nested ones, each with its path and type."""
+    return (file.schema.column(i) for i in range(len(file.schema)))
+
+
 def _is_binary(leaf: Any) -> bool:
     return leaf.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and leaf.logical_type.type == "NONE"
 
@@ -176,6 +181,8 @@ def _lines(jsonl_path: str | Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(os.fsdecode(line))
             except ValueError as error:
                 raise InputError(f"{jsonl_path}: line {number}: not a JSON object: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{jsonl_path}: line {number}: a JSON {type(row).__name__}; it must be an object")
             yield row
 
 

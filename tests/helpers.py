@@ -5,9 +5,11 @@ import math
 import numpy as np
 import torch
 
+from aesanet.axes import AXES
 from aesanet.lengths import WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, Affine, BEATsConfig, Calibration, HeadConfig
+from aesanet.runtime.rows import write_row
 
 
 def tiny_config(**beats):
@@ -211,3 +213,23 @@ def make_loud(model, logit):
             layer.self_attn.k_proj.bias.add_(shared)
             layer.self_attn.grep_linear.weight.div_(8)  # which sees the queries too
     return model
+
+
+def scored(path, scores, seconds=2.0, **more):
+    """An output row."""
+    times = {"start_seconds": 0.0, "end_seconds": seconds, "seconds": seconds}
+    kind = {"sample_rate": 16_000, "channels": 1, "truncated": False}
+    return {"path": str(path), **dict(zip(AXES, map(float, scores), strict=True)), **times, **kind, **more}
+
+
+def failed(path, code="not_found"):
+    """The output row of a clip that could not be scored."""
+    return {"path": str(path), "error": {"code": code, "message": "why"}}
+
+
+def write_lines(path, rows):
+    """Rows as JSON lines, as scoring writes them; the path."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            write_row(file, row)
+    return path

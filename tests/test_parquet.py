@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import RECORDINGS
+from helpers import write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
@@ -20,7 +21,7 @@ from aesanet.errors import InputError
 from aesanet.runtime.inputs import count_rows, read_rows
 from aesanet.runtime.parquet import read_parquet, write_parquet
 from aesanet.runtime.results import read_results
-from aesanet.runtime.rows import OUTPUT_KEYS, Clip, write_row
+from aesanet.runtime.rows import OUTPUT_KEYS, Clip
 
 MEASURED = {
     **dict(zip(AXES, (1.5, 2.25, 3.0, 9.999999), strict=True)),
@@ -32,12 +33,6 @@ MEASURED = {
     "truncated": False,
 }
 FAILED = {"error": {"code": "not_found", "message": "no such file"}}
-
-
-def write_lines(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            write_row(file, row)
 
 
 def round_trip(folder, rows):
@@ -111,13 +106,15 @@ def test_names_that_are_not_utf8_and_folders_that_look_like_files(tmp_path):
 
 def test_what_cannot_be_read(tmp_path):
     pq.write_table(pa.table({"file": ["a.wav"]}), tmp_path / "named.parquet")
+    pq.write_table(pa.table({"path": [b"a.wav"]}), tmp_path / "binary.parquet")
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["path", "path"]), tmp_path / "twice.parquet")
     (tmp_path / "none.parquet").write_bytes(b"PAR1 but not so")
     pq.write_table(pa.table({"path": [str(i) * 50 for i in range(5_000)]}), tmp_path / "damaged.parquet")
     whole = (tmp_path / "damaged.parquet").read_bytes()
     (tmp_path / "damaged.parquet").write_bytes(whole[:4] + b"\xa5" * 5_000 + whole[5_004:])
     for name, told in (
-        ("named", r"columns are \['file'\]; it must have a `path`"),
+        ("named", r"columns are {'file': 'string'}; it must have a `path` of strings"),
+        ("binary", r"columns are {'path': 'binary'}; it must have a `path` of strings"),
         ("twice", "no name may be there twice"),
         ("none", "not a Parquet file"),
         ("damaged", "a damaged Parquet file"),
@@ -241,8 +238,12 @@ def test_order_is_kept_over_many_row_groups_and_embeddings_are_float32(tmp_path,
 
 def test_a_file_that_fails_leaves_the_old_one_and_no_other(tmp_path):
     (tmp_path / "s.parquet").write_text("old")
-    for rows, told in ((["{"], "line 1: not a JSON object"), (['{"PQ": "high"}'], "did not write")):
-        (tmp_path / "s.jsonl").write_text("\n".join(rows))
+    for line, told in (
+        ("{", "line 1: not a JSON object"),
+        ("[1]", "line 1: a JSON list"),
+        ('{"PQ": "high"}', "did not write"),
+    ):
+        (tmp_path / "s.jsonl").write_text(line)
         with pytest.raises(InputError, match=told):
             write_parquet(tmp_path / "s.jsonl", tmp_path / "s.parquet")
     assert (tmp_path / "s.parquet").read_text() == "old"

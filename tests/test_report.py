@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import RECORDINGS, ROOT
+from helpers import failed, scored, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -31,27 +32,10 @@ from aesanet.errors import InputError
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.parquet import write_parquet
 from aesanet.runtime.results import Result, read_results, score_files
-from aesanet.runtime.rows import Clip, write_row
+from aesanet.runtime.rows import Clip
 
 HOSTILE = "</title><script>alert(1)</script>'\"><img src=http://x.example/a onerror=alert(2)>\u202e\x1b[31m\n.wav"
 NOT_UTF8 = os.fsdecode(b"caf\xe9 \xe4\xbd\xa0.wav")
-
-
-def scored(path, scores, seconds=2.0, **more):
-    times = {"start_seconds": 0.0, "end_seconds": seconds, "seconds": seconds}
-    kind = {"sample_rate": 16_000, "channels": 1, "truncated": False}
-    return {"path": str(path), **dict(zip(AXES, map(float, scores), strict=True)), **times, **kind, **more}
-
-
-def failed(path, code="not_found"):
-    return {"path": str(path), "error": {"code": code, "message": "why"}}
-
-
-def write_lines(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            write_row(file, row)
-    return path
 
 
 def report(*arguments):
@@ -112,7 +96,8 @@ def test_figures_are_those_of_numpy_and_scipy(rows, tmp_path, capsys):
                 found = measure(scores[:, i], scores[:, j]).statistic
                 assert re.search(rf"^{name} .*\b{a}-{b} {found:.3f}\b", out, re.MULTILINE)
                 assert f"{found:.2f}" in (tmp_path / "r.html").read_text()
-    assert "1 rows not_found" in out
+    assert "1 row not_found: </title>" in out
+    assert "1 row undecodable: caf\\udce9 \u4f60.wav" in out
 
 
 def test_the_page_holds_all_and_needs_nothing_else(rows, tmp_path):
@@ -261,8 +246,8 @@ def test_what_cannot_run_is_one_line_and_status_2(tmp_path, capsys):
         ((tmp_path / "none.jsonl", "--out", tmp_path / "r.html"), "none.jsonl: no such file"),
         ((tmp_path / "none*.jsonl", "--out", tmp_path / "r.html"), "none*.jsonl: no such files"),
         ((tmp_path, "--out", tmp_path / "r.html"), "a folder; give the score files in it"),
-        ((scores, "--out", scores), "the page is HTML"),
-        ((scores, "--out", tmp_path / "no" / "r.html"), "r.html: No such file"),
+        ((scores, "--out", scores), "not a place for a page"),
+        ((scores, "--out", tmp_path / "no" / "r.html"), "not a place for a page"),
     ):
         assert report(*arguments) == 2
         captured = capsys.readouterr()

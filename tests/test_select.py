@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import failed, scored, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import HOSTILE, NOT_UTF8, failed, scored, write_lines
 
 from aesanet.axes import AXES
 from aesanet.cli.main import main
@@ -106,7 +106,8 @@ def test_more_conditions_never_keep_more(numbers, limits):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_what_is_kept_is_a_manifest_with_the_rows_own_keys(tmp_path, capsys, suffix):
     own = {"id": 2**60, "label": {"a": [1, None, "\u4f60"]}, "start_time": 0.5, "end_time": "1.5", "none": None}
-    rows = [{**scored(name, (1, 2, 3, i)), **own} for i, name in enumerate((HOSTILE, NOT_UTF8, "a.wav"))]
+    paths = ("a\n\"b'<.wav", "caf\udce9 \u4f60.wav", "a.wav")
+    rows = [{**scored(path, (1, 2, 3, i)), **own} for i, path in enumerate(paths)]
     out = tmp_path / f"kept.{suffix}"
     assert select(write_lines(tmp_path / "s.jsonl", rows), "--min", "PQ=0", "--out", out) == 0
     assert capsys.readouterr().out == ""
