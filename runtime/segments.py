@@ -12,7 +12,7 @@ from aesanet.runtime.decoders import CHUNK_FRAMES, Decoder, open_decoder
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.sources import Source
 
-BLOCK_SAMPLES = 2**18  # over all channels: 1 MB of float32 at a time, whatever a header claims
+BLOCK_SAMPLES = 2**16  # over all channels: 256 kB of float32 at a time, which a core's cache holds
 LARGEST_SAMPLE = 2.0**31  # 32-bit integers written as floats; past it, energies overflow float32
 MIN_RATE, MAX_RATE = 1_000, 16_000_000  # Hz; below, a damaged header would make hours out of nothing
 ENDLESS = 2**62  # frames
