@@ -94,11 +94,8 @@ class ClipReader:
                 if isinstance(part, ClipError):
                     raise part
                 if isinstance(part, Heard):
-                    self.seconds, self.claimed_seconds, self.truncated = (
-                        part.seconds,
-                        part.header_seconds,
-                        part.truncated,
-                    )
+                    self.seconds, self.claimed_seconds = part.seconds, part.header_seconds
+                    self.truncated = part.truncated
                 else:
                     yield part
 
