@@ -2,7 +2,6 @@
 
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from aesanet.runtime.sources import Source
 
@@ -17,15 +16,8 @@ OPUS_RATE = 48_000  # Hz, of every position in an opus stream; RFC 7845, section
 RIFF_CHUNKS = 64  # before the audio; more is nonsense
 RIFF_UNKNOWN = 2**31 - 2**16  # bytes; what is written into a pipe claims the most that there can be, signed or not
 
-MP3_RATES = ((11_025, 12_000, 8_000), (), (22_050, 24_000, 16_000), (44_100, 48_000, 32_000))  # Hz, by version bits
 XING_WITHIN = 4 + 32 + 4  # bytes of an MP3 frame: header, side information of stereo MPEG 1, the tag's name
-XING_FRAMES, XING_BYTES = 1, 2  # flags: which numbers follow
-
-
-class Mp3Tag(NamedTuple):
-    """Says how long an MP3 is; `ratio` is how many times as long the file is, where others were joined to it."""
-
-    ratio: float
+XING_FRAMES, XING_BYTES = 1, 2  # flags: which numbers follow, in this order
 
 
 def chained_ogg_seconds(source: Source) -> float | None:
@@ -52,8 +44,12 @@ def chained_ogg_seconds(source: Source) -> float | None:
     return sum(stream.seconds for stream in streams.values()) if len(streams) > 1 else None
 
 
-def mp3_tag(source: Source) -> Mp3Tag | None:
-    """What an MP3 file's Xing or Info tag says, if it has one; http://gabriel.mp3-tech.org/mp3infotag.html"""
+def mp3_ratio(source: Source) -> float | None:
+    """How many times as long as its first part an MP3 file is, to which others may be joined; 1 if none is.
+
+    None where the first frame is no Xing or Info tag that says how long that part is, as libsndfile then only guesses;
+    http://gabriel.mp3-tech.org/mp3infotag.html
+    """
     start = 0
     if (head := source.read(0, 10)).startswith(b"ID3") and len(head) == 10:
         start = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
@@ -61,13 +57,12 @@ def mp3_tag(source: Source) -> Mp3Tag | None:
     at = max(head.find(b"Xing", 0, XING_WITHIN), head.find(b"Info", 0, XING_WITHIN))
     if not _is_mp3_frame(head) or at < 0 or len(head) < at + 16:
         return None
-    flags, *counts = struct.unpack(">3I", head[at + 4 : at + 16])
-    if not flags & XING_BYTES:
-        return Mp3Tag(1.0)
-    num_bytes: int = counts[flags & XING_FRAMES]  # after the number of frames, where that is there
+    flags, _, num_bytes = struct.unpack(">3I", head[at + 4 : at + 16])
+    if not flags & XING_FRAMES:
+        return None
     after = source.read(start + num_bytes, 4)
-    joined = num_bytes and (after.startswith(b"ID3") or (_is_mp3_frame(after) and after[1] == head[1]))
-    return Mp3Tag((source.size - start) / num_bytes if joined else 1.0)
+    joined = after.startswith(b"ID3") or (_is_mp3_frame(after) and after[1] == head[1])
+    return (source.size - start) / num_bytes if flags & XING_BYTES and num_bytes and joined else 1.0
 
 
 def riff_ratio(source: Source) -> float | None:
@@ -91,6 +86,8 @@ def riff_ratio(source: Source) -> float | None:
 
 @dataclass
 class _OggStream:
+    """Where a stream of an Ogg file starts and ends, in positions of its own."""
+
     rate: int  # Hz, of its positions; 0 where it is no audio that is known here
     start: int | None = None
     end: int = 0
@@ -103,6 +100,7 @@ class _OggStream:
 
     @property
     def seconds(self) -> float:
+        """How long it is."""
         return max(0, self.end - (self.start or 0)) / self.rate if self.rate else 0.0
 
 
@@ -114,7 +112,7 @@ def _ogg_rate(packet: bytes) -> int:
 
 
 def _is_mp3_frame(head: bytes) -> bool:
-    """Does it start as an MPEG audio frame of layer 3 does?"""
+    """Does it start as an MPEG audio frame of layer 3 does, with a version, bit rate and sample rate that there are?"""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
         return False
-    return bool(MP3_RATES[head[1] >> 3 & 3]) and head[2] >> 4 not in (0, 15) and head[2] >> 2 & 3 != 3
+    return head[1] >> 3 & 3 != 1 and head[2] >> 4 not in (0, 15) and head[2] >> 2 & 3 != 3

@@ -94,11 +94,8 @@ class ClipReader:
                 if isinstance(part, ClipError):
                     raise part
                 if isinstance(part, Heard):
-                    self.seconds, self.claimed_seconds, self.truncated = (
-                        part.seconds,
-                        part.header_seconds,
-                        part.truncated,
-                    )
+                    self.seconds, self.claimed_seconds = part.seconds, part.header_seconds
+                    self.truncated = part.truncated
                 else:
                     yield part
 
@@ -177,8 +174,11 @@ def _mono(block: np.ndarray, channel: int | None) -> np.ndarray:
     """float32 [frames, channels] -> one of them, or their mean: float32 [frames]."""
     if block.shape[1] == 1 or channel is not None:
         return np.ascontiguousarray(block[:, channel or 0])
-    mean: np.ndarray = block.mean(axis=1, dtype=np.float32)
-    return mean
+    total: np.ndarray = block[:, 0].copy()
+    for other in block.T[1:]:  # 30 times as fast as a mean over so short an axis
+        total += other
+    total /= block.shape[1]
+    return total
 
 
 def _chosen_channels(source: Source, clips: Sequence[Clip], policy: ChannelPolicy) -> dict[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 
 from aesanet.errors import ClipError
-from aesanet.runtime.claims import chained_ogg_seconds, mp3_tag, riff_ratio
+from aesanet.runtime.claims import chained_ogg_seconds, mp3_ratio, riff_ratio
 from aesanet.runtime.ffmpeg import FfmpegDecoder, find_ffmpeg
 from aesanet.runtime.sources import EndlessFile, Source, SourceFile
 
@@ -118,7 +118,7 @@ def _open(source: Source) -> soundfile.SoundFile:
         file = _Stream(source.descriptor, closefd=False)
     else:
         file = _Stream(SourceFile(source))
-    if file.format == "MP3" and mp3_tag(source) is None:
+    if file.format == "MP3" and mp3_ratio(source) is None:
         file.close()
         file = _Stream(EndlessFile(source))
     return file
@@ -131,8 +131,8 @@ def _held(file: soundfile.SoundFile, source: Source) -> tuple[int | None, bool]:
     if file.frames >= UNKNOWN_FRAMES:
         return None, False
     if file.format == "MP3":
-        tag = mp3_tag(source)
-        return (None, False) if tag is None else (round(file.frames * tag.ratio), tag.ratio > 1)
+        ratio = mp3_ratio(source)
+        return (None, False) if ratio is None else (round(file.frames * ratio), ratio > 1)
     return round(file.frames * (riff_ratio(source) or 1.0)), False
 
 

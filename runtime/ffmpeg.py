@@ -56,7 +56,7 @@ class FfmpegDecoder:
             assert pipe is not None
             self._pipes.register(pipe, selectors.EVENT_READ)
         try:
-            if len(head := self._take(AU.size)) < AU.size:
+            if not (head := self._take(AU.size)).startswith(b".snd") or len(head) < AU.size:
                 raise ClipError("undecodable", "ffmpeg finds no audio in it either; not audio, or damaged at its start")
             _, header_size, _, _, self.rate, self.channels = AU.unpack(head)
             self._take(header_size - AU.size)

@@ -12,7 +12,7 @@ from aesanet.runtime.decoders import CHUNK_FRAMES, Decoder, open_decoder
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.sources import Source
 
-BLOCK_SAMPLES = 2**18  # over all channels: 1 MB of float32 at a time, whatever a header claims
+BLOCK_SAMPLES = 2**16  # over all channels: 256 kB of float32 at a time, which a core's cache holds
 LARGEST_SAMPLE = 2.0**31  # 32-bit integers written as floats; past it, energies overflow float32
 MIN_RATE, MAX_RATE = 1_000, 16_000_000  # Hz; below, a damaged header would make hours out of nothing
 ENDLESS = 2**62  # frames
@@ -81,17 +81,16 @@ class _Segment:
         first = round((clip.start_seconds or 0.0) * rate)
         return cls(index, clip, first, ENDLESS if clip.end_seconds is None else round(clip.end_seconds * rate))
 
-    def take(self, block: np.ndarray, position: int, rate: int) -> Iterator[tuple[int, Frames]]:
-        """What of a block that starts at `position` is the segment's."""
+    def take(self, block: np.ndarray, position: int) -> np.ndarray:
+        """What of a block that starts at `position` is the segment's; nothing of one that has bad samples there."""
         part = block[max(0, self.first - position) : max(0, self.last - position)]
         try:
             check_samples(part)
         except ClipError as error:
             self.error = error
-            return
+            return part[:0]
         self.decoded += len(part)
-        if len(part):
-            yield self.index, Frames(part, rate)
+        return part
 
     def end(self, decoder: Decoder, position: int) -> tuple[int, Extent | ClipError]:
         """What became of it, when `position` was the last that was read."""
@@ -117,7 +116,8 @@ def _read(decoder: Decoder, segments: list[_Segment]) -> Iterator[tuple[int, Fra
         wanted = CHUNK_FRAMES * min(block_chunks, -(-left // CHUNK_FRAMES))
         block = decoder.read(wanted)
         for segment in segments:
-            yield from segment.take(block, position, decoder.rate)
+            if len(part := segment.take(block, position)):
+                yield segment.index, Frames(part, decoder.rate)
         position += len(block)
         ended = len(block) < wanted
         over = [segment for segment in segments if ended or segment.error is not None or segment.last <= position]

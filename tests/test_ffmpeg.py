@@ -207,7 +207,7 @@ def test_much_that_ffmpeg_says_does_not_stop_it(files, fake):
     assert run(files / "alac.m4a")[1].seconds == SECONDS
 
 
-@pytest.mark.parametrize("script", ["exit 1", "exec /nowhere", "echo no audio", "kill -9 $$"])
+@pytest.mark.parametrize("script", ["exit 1", "exec /nowhere", "echo no audio", "yes no audio", "kill -9 $$"])
 def test_an_ffmpeg_that_fails(files, fake, script):
     fake(script)
     assert run(files / "aac.m4a")[1].code == "undecodable"
