@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,7 +67,7 @@ def measure_memory(bundle: Path, rows: int, hours: float, engine: Sequence[str])
     cases: dict[str, Callable[[Path], tuple[Path, int, float]]] = {
         "one clip of 10 s": lambda folder: _long(folder, "flac", 10 / 3600),
         **{
-            f"{hours:g} hours of {container}": lambda folder, container=container: _long(folder, container, hours)
+            f"{hours:g} hours of {container}": partial(_long, container=container, hours=hours)
             for container in ("flac", "mp3", "ogg")
         },
         f"{rows:,} clips of .5 s": lambda folder: _many(folder, rows),

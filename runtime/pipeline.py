@@ -117,6 +117,7 @@ class Pipeline(Generic[Row]):
             jobs, self._windows_of, _weight, max(batch_samples, 1) * GROUP_BATCHES, settings.workers
         )
         self._under_way: deque[_Batch[Row] | _Clip[Row] | GroupEnd] = deque()
+        self._batches = 0  # of those
         self._rows = self._grouped = 0  # so far, and in groups that have ended
         self._engine_seconds = 0.0
 
@@ -210,12 +211,12 @@ class Pipeline(Generic[Row]):
             self._engine_seconds += time.perf_counter() - began
             parts = [(window.owner, window.number, len(window.samples)) for window in windows]
             self._under_way.append(_Batch(parts, pending))
+            self._batches += 1
             yield from self._take()
 
     def _take(self, batches_left: int = BATCHES_AHEAD) -> Iterator["_Clip[Row] | GroupEnd"]:
         """What is done, in the order in which it was given; batches beyond `batches_left` are waited for."""
-        batches = sum(isinstance(step, _Batch) for step in self._under_way)
-        while self._under_way and (batches > batches_left or not isinstance(self._under_way[0], _Batch)):
+        while self._under_way and (self._batches > batches_left or not isinstance(self._under_way[0], _Batch)):
             step = self._under_way.popleft()
             if isinstance(step, GroupEnd):
                 yield step
@@ -224,7 +225,7 @@ class Pipeline(Generic[Row]):
                 if len(step.windows) == step.given:
                     yield step
             else:
-                batches -= 1
+                self._batches -= 1
                 yield from self._scored(step)
 
     def _scored(self, batch: "_Batch[Row]") -> Iterator["_Clip[Row]"]:

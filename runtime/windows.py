@@ -8,27 +8,34 @@ from aesanet.lengths import WindowPolicy
 
 
 class WindowCutter:
-    """Cuts one clip into windows as its samples come; holds one window and one block at a time.
+    """Cuts one clip into windows as its samples come; holds one window, and copies each sample once.
 
     Nothing is left out, and no window ends inside the one before it; the last one has its own length.
     """
 
     def __init__(self, policy: WindowPolicy) -> None:
-        self._window, self._hop = policy.window_samples, policy.hop_samples
-        self._held = np.zeros(0, np.float32)
-        self._covered = 0  # samples at the start of `_held` that an earlier window has had
+        self._hop = policy.hop_samples
+        self._window = np.empty(policy.window_samples, np.float32)
+        self._filled = 0  # samples at its start
+        self._covered = 0  # of these, that an earlier window has had
 
     def push(self, block: np.ndarray) -> Iterator[np.ndarray]:
         """The windows that float32 [samples] more complete, each an array of its own."""
-        self._held = np.concatenate([self._held, block])
-        while len(self._held) >= self._window:
-            yield self._held[: self._window].copy()
-            self._held, self._covered = self._held[self._hop :], self._window - self._hop
+        while len(block):
+            taken = block[: len(self._window) - self._filled]
+            self._window[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            block = block[len(taken) :]
+            if self._filled == len(self._window):
+                full, self._window = self._window, np.empty_like(self._window)
+                self._filled = self._covered = len(full) - self._hop
+                self._window[: self._filled] = full[self._hop :]
+                yield full
 
     def rest(self) -> Iterator[np.ndarray]:
         """What is left at the end of the clip: one window or none."""
-        if len(self._held) > self._covered:
-            yield self._held.copy()
+        if self._filled > self._covered:
+            yield self._window[: self._filled].copy()
 
 
 def split_windows(blocks: Iterable[np.ndarray], policy: WindowPolicy) -> Iterator[np.ndarray]:
@@ -42,7 +49,7 @@ def split_windows(blocks: Iterable[np.ndarray], policy: WindowPolicy) -> Iterato
 def pad_batch(windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Windows of any lengths -> waveform float32 [batch, longest] padded with zeros, num_samples int64 [batch]."""
     num_samples = np.array([len(window) for window in windows], np.int64)
-    waveform = np.zeros((len(windows), num_samples.max()), np.float32)
+    waveform = np.empty((len(windows), num_samples.max()), np.float32)
     for row, window in zip(waveform, windows, strict=True):
-        row[: len(window)] = window
+        row[: len(window)], row[len(window) :] = window, 0
     return waveform, num_samples
