@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aesanet.lengths import FRAME_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE, num_frames
+from aesanet.lengths import FFT_SIZE, FRAME_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE, num_frames
 
-FFT_SIZE = 512
 ENERGY_FLOOR = 1.1920929e-7
 PREEMPHASIS = 0.97
 LOW_HZ, HIGH_HZ = 20.0, SAMPLE_RATE / 2

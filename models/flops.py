@@ -8,9 +8,8 @@ whatever batch an engine puts the clip in.
 from dataclasses import astuple, dataclass
 
 from aesanet.axes import AXES
-from aesanet.lengths import FRAME_SAMPLES, MEL_BINS, PATCH_SIZE, num_frames, num_tokens
+from aesanet.lengths import FFT_SIZE, FRAME_SAMPLES, MEL_BINS, PATCH_SIZE, num_frames, num_tokens
 from aesanet.models.config import GATE_PARTS, AESANetConfig, BEATsConfig, HeadConfig
-from aesanet.models.fbank import FFT_SIZE
 
 
 @dataclass(frozen=True)
