@@ -89,3 +89,21 @@ def processor_name() -> str:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_mib() -> int | None:
+    """Of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def gpu_memory_mib() -> int | None:
+    """In use on the GPU that CUDA takes first, by all processes and this one's CUDA context; None without a GPU."""
+    try:
+        free_bytes, all_bytes = cuda_call(load_cuda(), "cudaMemGetInfo")
+    except BackendError:
+        return None
+    return int(all_bytes - free_bytes) // 2**20

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ import numpy as np
 
 from aesanet.benchmarks.records import WHERE
 from aesanet.errors import InputError
+from aesanet.machine import peak_memory_mib
 from aesanet.runtime.backends.base import Backend, Pending
 from aesanet.runtime.decode import Heard
 from aesanet.runtime.output import RowFile
@@ -66,7 +67,7 @@ def measure_end_to_end(
     with tempfile.TemporaryDirectory() as folder:
         parts: dict[str, Callable[[], None]] = {
             "decoding": lambda: _decode(scorer, rows, settings),
-            "engine": lambda: _engine(scorer.backend, recorder.batches),
+            "engine": lambda: keep_under_way(scorer.backend, recorder.batches),
             "end_to_end": lambda: spent.append(_whole(scorer, rows, settings, Path(folder) / "rows.jsonl")),
         }
         for number in range(rounds):
@@ -97,7 +98,7 @@ def measure_end_to_end(
         "share_of_slower": round(max(decoding, engine) / whole, 4),
         "x_real_time": round(audio / whole, 1),
         **{name: round(share, 4) for name, share in shares.items()},
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
     }
 
 
@@ -111,8 +112,8 @@ def _decode(scorer: Scorer, rows: Sequence[Row], settings: Settings) -> None:
         ahead.close()
 
 
-def _engine(backend: Backend, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """All batches, ready in memory, as far ahead as in a pipeline."""
+def keep_under_way(backend: Backend, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Score batches that are ready in memory, as far ahead as a pipeline does, until the last scores are there."""
     under_way: deque[Pending] = deque()
     for batch in batches:
         under_way.append(backend.submit(*batch))
@@ -143,12 +144,3 @@ def _whole(scorer: Scorer, rows: Sequence[Row], settings: Settings, path: Path) 
         "waiting_share": spent.waiting / seconds,
         "decoders_share": spent.decoding / seconds / max(1, settings.workers),
     }
-
-
-def _peak_memory_mib() -> int | str:
-    """Of this process so far; nothing where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return ""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

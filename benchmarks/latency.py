@@ -30,7 +30,9 @@ COLD_COLUMNS: Final = (*WHERE, "repeats", "import_milliseconds", "open_milliseco
 KEY: Final = ("engine", "weights", "batch", "clip_seconds")
 """What makes two rows of two files comparable."""
 
-_WARM_UPS: Final = 9  # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots
+WARM_UPS: Final = 9
+"""Batches of a shape before it is timed: TensorRT captures a CUDA graph at its second run in each of three slots."""
+
 _LEAST_REPEATS: Final = 20
 _STABLE: Final = 0.02
 
@@ -59,9 +61,9 @@ def measure_latency(
         samples = round(cell.seconds * SAMPLE_RATE)
         waveform = np.ascontiguousarray(noise[: cell.batch, :samples])
         inputs[cell] = (waveform, np.full(cell.batch, samples))
-        for _ in range(_WARM_UPS):
+        for _ in range(WARM_UPS):
             backend.scores(*inputs[cell])
-    while unfinished := [cell for cell in cells if not _enough(times[cell], seconds_a_cell)]:
+    while unfinished := [cell for cell in cells if not settled(times[cell], _LEAST_REPEATS, seconds_a_cell)]:
         for cell in unfinished:
             started = clock()
             backend.scores(*inputs[cell])
@@ -94,6 +96,15 @@ def median_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]
     outside = int(stats.binom.ppf(0.025, len(ordered), 0.5))
     below = max(0, outside - 1)
     return float(ordered[below]), float(ordered[len(ordered) - 1 - below])
+
+
+def settled(times: Sequence[float], least: int, seconds: float) -> bool:
+    """Whether the medians of both halves of at least `least` times agree, or they sum up to `seconds`."""
+    if len(times) < least:
+        return False
+    half = len(times) // 2
+    one, two = statistics.median(times[:half]), statistics.median(times[half:])
+    return abs(one - two) <= _STABLE * min(one, two) or sum(times) >= seconds
 
 
 def measure_cold_start(bundle: Path, options: Mapping[str, str], repeats: int) -> dict[str, Any]:
@@ -152,12 +163,3 @@ def _number(row: Mapping[str, str], name: str) -> float:
     if not value > 0:
         raise InputError(f"{name} is {row[name]!r}; it must be a time in milliseconds")
     return value
-
-
-def _enough(times: Sequence[float], seconds: float) -> bool:
-    """Whether the median has settled, or the time is up."""
-    if len(times) < _LEAST_REPEATS:
-        return False
-    half = len(times) // 2
-    one, two = statistics.median(times[:half]), statistics.median(times[half:])
-    return abs(one - two) <= _STABLE * min(one, two) or sum(times) >= seconds
