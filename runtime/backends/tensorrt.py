@@ -63,7 +63,7 @@ class TensorRTBackend(Backend):
     def __init__(
         self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = _GRAPHS_KEPT
     ) -> None:
-        self.name = f"{trt.__name__} {trt.__version__} cuda fp16"
+        self.name = f"{trt.__name__} {trt.__version__} cuda fp16{'' if graphs_kept else ' without CUDA graphs'}"
         self._device = device
         self._copying, self._encoding, self._scoring = (device.stream() for _ in range(3))
         complaints: list[str] = []
@@ -324,8 +324,10 @@ def _close(
             device.destroy_stream(stream)
 
 
-def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> TensorRTBackend:
-    """The last compiled of a bundle's engines that can run here.
+def open_tensorrt(
+    files: BundleFiles, device: Device, precision: Precision, threads: int | None, graphs_kept: int = _GRAPHS_KEPT
+) -> TensorRTBackend:
+    """The last compiled of a bundle's engines that can run here; `graphs_kept` as of `TensorRTBackend`.
 
     Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
     """
@@ -341,7 +343,7 @@ def open_tensorrt(files: BundleFiles, device: Device, precision: Precision, thre
                 raise EngineMisfitError("; ".join(wrong))
             folder = files.folder / ENGINES_FOLDER / key
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
-            backend = TensorRTBackend(plans, trt, CudaDevice(cuda))
+            backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept)
             _try(backend, files.manifest.window.window_samples)
             backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
             return backend
