@@ -1,12 +1,17 @@
 """`aesanet bench`: how fast a bundle is here."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from aesanet.cli.notes import extra, note
 from aesanet.cli.options import engine_options
+
+if TYPE_CHECKING:
+    from aesanet.benchmarks.latency import Cell
+    from aesanet.runtime.scorer import Scorer
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
@@ -18,6 +23,18 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     if not numbers or not all(0 < number < float("inf") for number in numbers):
         raise click.BadParameter(f"{value!r}; give positive numbers, such as 1,8,64")
     return numbers
+
+
+def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
+    """All combinations, once they were seen to make sense."""
+    from aesanet.benchmarks.latency import Cell
+    from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
+
+    if any(batch != int(batch) for batch in batches):
+        raise click.UsageError("--batches are whole numbers of clips")
+    if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
+        raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
+    return [Cell(int(batch), length) for batch in batches for length in seconds]
 
 
 @click.group()
@@ -34,22 +51,26 @@ def bench() -> None:
 @click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
+@click.option("--no-cuda-graphs", is_flag=True, help="Of a compiled engine, which --backend tensorrt must ask for.")
 @engine_options
-def latency(bundle: Path, batches: list[float], seconds: list[float], most: float, out: Path, **engine: Any) -> None:
+def latency(
+    bundle: Path,
+    batches: list[float],
+    seconds: list[float],
+    most: float,
+    out: Path,
+    no_cuda_graphs: bool,
+    **engine: Any,
+) -> None:
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
-        from aesanet.benchmarks.latency import LATENCY_COLUMNS, Cell, latency_row, measure_latency
+        from aesanet.benchmarks.latency import LATENCY_COLUMNS, latency_row, measure_latency
         from aesanet.benchmarks.records import append_rows, provenance
-    from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
     from aesanet.runtime.scorer import Scorer
 
-    if any(batch != int(batch) for batch in batches):
-        raise click.UsageError("--batches are whole numbers of clips")
-    if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
-        raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
-    scorer = Scorer.open(bundle, **engine)
+    cells = _cells(batches, seconds)
+    scorer = _without_cuda_graphs(bundle, **engine) if no_cuda_graphs else Scorer.open(bundle, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
-    cells = [Cell(int(batch), length) for batch in batches for length in seconds]
     where = provenance(scorer, bundle)
     rows = [where | latency_row(cell, times) for cell, times in measure_latency(scorer.backend, cells, most).items()]
     append_rows(out, LATENCY_COLUMNS, rows)
@@ -60,6 +81,60 @@ def latency(bundle: Path, batches: list[float], seconds: list[float], most: floa
             f"{row['batch']:6}{row['clip_seconds']:9g}{row['milliseconds_p50']:11.2f}{interval:>21}"
             f"{row['milliseconds_p90']:10.2f}{row['milliseconds_p99']:10.2f}{row['milliseconds_max']:10.2f}"
             f"{row['x_real_time']:13.1f}"
+        )
+
+
+def _without_cuda_graphs(bundle: Path, backend: str, device: str, precision: str) -> "Scorer":
+    """A compiled engine that is given layer by layer, to see what CUDA graphs are worth."""
+    from aesanet.runtime.backends.tensorrt import open_tensorrt
+    from aesanet.runtime.scorer import Scorer, open_files
+
+    if backend != "tensorrt" or device == "cpu" or precision not in ("auto", "fp16"):
+        raise click.UsageError("--no-cuda-graphs is for --backend tensorrt alone: no other engine has CUDA graphs")
+    files = open_files(bundle)
+    return Scorer(files.manifest, open_tensorrt(files, "cuda", "fp16", None, graphs_kept=0), "as asked")
+
+
+@bench.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--batches", callback=_numbers, default="4,64", show_default=True, help="Clips a batch.")
+@click.option("--seconds", callback=_numbers, default="10", show_default=True, help="Lengths of clips.")
+@click.option("--most", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds a cell may take.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of the processor.  [default: one a core that may be used]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("throughput.csv"), show_default=True)
+@engine_options
+def throughput(
+    bundle: Path,
+    batches: list[float],
+    seconds: list[float],
+    most: float,
+    threads: int | None,
+    out: Path,
+    **engine: Any,
+) -> None:
+    """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU)."""
+    with extra("bench"):
+        from aesanet.benchmarks.records import append_rows, provenance
+        from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, throughput_rows
+    from aesanet.machine import gpu_memory_mib, usable_cores
+    from aesanet.runtime.scorer import Scorer
+
+    cells = _cells(batches, seconds)
+    threads = threads or usable_cores()
+    gpu_memory_before_mib = gpu_memory_mib()
+    scorer = Scorer.open(bundle, threads=threads, **engine)
+    note(f"{scorer.backend.name} ({scorer.reason})")
+    where = provenance(scorer, bundle)
+    rows = [where | row for row in throughput_rows(scorer, cells, most, threads, gpu_memory_before_mib)]
+    append_rows(out, THROUGHPUT_COLUMNS, rows)
+    click.echo(" clips  seconds    clips/s         95 % of clips/s   hours/s  x real time   TFLOP/s      peak    MFU")
+    for row in rows:
+        interval = f"{row['clips_per_second_low']:.2f} to {row['clips_per_second_high']:.2f}"
+        peak, mfu = ("-", "-") if row["mfu"] is None else (f"{row['peak_tflops']:.3f}", f"{row['mfu']:.1%}")
+        click.echo(
+            f"{row['batch']:6}{row['clip_seconds']:9g}{row['clips_per_second']:11.2f}{interval:>24}"
+            f"{row['hours_of_audio_per_second']:10.3f}{row['x_real_time']:13.1f}{row['useful_tflops']:10.3f}"
+            f"{peak:>10}{mfu:>7}"
         )
 
 

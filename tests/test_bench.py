@@ -3,9 +3,12 @@
 import csv
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
+import torch
+from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +21,13 @@ from aesanet.benchmarks.latency import (
     measure_latency,
     median_interval,
 )
+from aesanet.benchmarks.matrix_product import best_tflops
+from aesanet.benchmarks.peak import Peak, device_peak
+from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, Rounds, measure_throughput, throughput_row
 from aesanet.cli.main import main
-from aesanet.errors import InputError
+from aesanet.errors import BackendError, InputError
 from aesanet.hashing import file_sha256
+from aesanet.models.flops import clip_flops
 from aesanet.runtime.backends.base import Backend
 
 
@@ -66,6 +73,91 @@ def test_times_that_do_not_settle_are_cut_off(most):
     assert len(times) >= 20
     assert sum(times) >= most
     assert len(times) == 20 or sum(times[:-1]) < most
+
+
+class Ahead(Scripted):
+    """The same, which computes a batch when its scores are asked for, or when it holds too many."""
+
+    def __init__(self, seconds):
+        super().__init__(seconds)
+        self.held, self.most_held = [], 0
+
+    def submit(self, waveform, num_samples):
+        assert not any(waveform is other for other in self.held), "an array that is under way"
+        self.held.append(waveform)
+        self.most_held = max(self.most_held, len(self.held))
+
+        def pending():
+            assert self.held.pop(0) is waveform
+            return self.scores(waveform, num_samples)
+
+        return pending
+
+
+def test_throughput_keeps_distinct_batches_under_way_in_rounds_that_take_turns():
+    """Batches of half a second: four make the round of two seconds that is aimed at."""
+    backend = Ahead(lambda call: 0.5)
+    rounds = measure_throughput(backend, CELLS, 1e9, clock=lambda: backend.now)
+    assert rounds == {cell: Rounds(4, [2.0] * 6) for cell in CELLS}
+    assert backend.most_held == 3
+    assert not backend.held
+    shapes = [(1, 16_000), (3, 8_000)]
+    assert backend.shapes == [shapes[0]] * 9 + [shapes[1]] * 9 + ([shapes[0]] * 4 + [shapes[1]] * 4) * 6
+
+
+@pytest.mark.parametrize(("most", "batches"), [(1e9, 200), (6.0, 100), (0.0, 4)])
+def test_rounds_are_of_as_many_batches_as_there_is_time_for(most, batches):
+    """Batches of .01 s, once the first six have warmed up."""
+    backend = Ahead(lambda call: 0.5 if call < 6 else 0.01)
+    (found,) = measure_throughput(backend, CELLS[:1], most, clock=lambda: backend.now).values()
+    assert found.batches == pytest.approx(batches, abs=1)  # sums of .01 are not exact
+    assert found.seconds == pytest.approx([0.01 * found.batches] * 6)
+
+
+@pytest.mark.parametrize("peak", [Peak(0.5, "who says so"), Peak(None, "")])
+@given(st.lists(st.floats(0.1, 10), min_size=6, max_size=30))
+def test_a_row_of_throughput(peak, seconds):
+    row = throughput_row(Cell(4, 5.0), Rounds(8, seconds), 10**9, peak)
+    rate = 32 / np.median(seconds)
+    assert row["clips_per_second"] == pytest.approx(rate, abs=1e-3)
+    assert row["clips_per_second_low"] <= row["clips_per_second"] <= row["clips_per_second_high"]
+    assert row["clips_per_second_high"] <= 32 / min(seconds) + 1e-3
+    assert row["x_real_time"] == pytest.approx(5 * rate, abs=1e-2)
+    assert row["hours_of_audio_per_second"] == pytest.approx(rate / 720, rel=1e-3)
+    assert row["useful_tflops"] == pytest.approx(rate / 1000, rel=1e-3)
+    assert row["mfu"] == (pytest.approx(rate / 500, rel=1e-3) if peak.tflops else None)
+    assert (row["peak_tflops"], row["peak_source"]) == (peak.tflops, peak.source)
+
+
+def test_matrix_products_grow_until_one_takes_a_tenth_of_a_second(monkeypatch):
+    """On a clock on which products of 1,024 are the fastest for their work, and the last of each size the fastest."""
+    sizes, now = [], [0.0]
+    seconds_of = {512: 0.02, 1024: 0.05, 2048: 0.5}
+
+    class Matrix:
+        def __init__(self, size):
+            self.size = size
+
+        def to(self, dtype):
+            assert dtype == torch.bfloat16
+            return self
+
+        def __matmul__(self, other):
+            assert self.size == other.size
+            sizes.append(self.size)
+            now[0] += seconds_of[self.size] * (6 - sizes.count(self.size))
+
+    monkeypatch.setattr(torch, "randn", lambda rows, columns: Matrix(rows))
+    assert best_tflops(torch.bfloat16, clock=lambda: now[0]) == pytest.approx(2 * 1024**3 / 0.05e12)
+    assert sizes == [512] * 5 + [1024] * 5 + [2048] * 5
+
+
+def test_a_peak_that_cannot_be_measured_is_an_error(monkeypatch):
+    backend = Scripted(lambda call: 0.0)
+    backend.precision = "fp32"
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(BackendError, match="the peak cannot be measured: exit status 1"):
+        device_peak(backend, 1)
 
 
 @given(st.integers(1, 300))
@@ -121,6 +213,31 @@ def test_latencies_are_appended_with_where_they_come_from(tiny_bundle, tmp_path,
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 4
     assert all(re.search(r": 1\.000 \(\d\.\d+ to \d+\.\d+\), no difference shown$", line) for line in told)
+
+
+def test_throughput_beside_what_the_processor_could_do(tiny_bundle, tmp_path, capsys):
+    out = tmp_path / "throughput.csv"
+    command = ["bench", "throughput", tiny_bundle, "--batches", "1,3", "--seconds", "0.5", "--most", "0", "--out", out]
+    assert run(*command, "--backend", "onnxruntime", "--threads", "1") == 0
+    rows = rows_of(out)
+    assert list(rows[0]) == list(THROUGHPUT_COLUMNS)
+    assert [row["batch"] for row in rows] == ["1", "3"]
+    for row in rows:
+        assert row["peak_source"] == "measured matrix product, fp32, 1 threads"
+        assert float(row["peak_tflops"]) > 0
+        useful_tflops = float(row["clips_per_second"]) * clip_flops(tiny_config(), 8_000).total / 1e12
+        assert float(row["useful_tflops"]) == pytest.approx(useful_tflops, rel=1e-2)
+        assert float(row["mfu"]) == pytest.approx(useful_tflops / float(row["peak_tflops"]), rel=1e-2)
+        assert int(row["memory_mib"]) > 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].split()[-2:] == ["peak", "MFU"]
+    assert len(told) == 3
+
+
+def test_only_compiled_engines_have_cuda_graphs_to_do_without(tiny_bundle, capsys):
+    for engine in (["--backend", "auto"], ["--backend", "onnxruntime"], ["--backend", "tensorrt", "--device", "cpu"]):
+        assert run("bench", "latency", tiny_bundle, "--no-cuda-graphs", *engine) == 2
+        assert "--no-cuda-graphs is for --backend tensorrt alone" in capsys.readouterr().err
 
 
 def test_a_cold_start_is_of_a_fresh_process(tiny_bundle, tmp_path, capsys):
@@ -197,5 +314,6 @@ def test_other_files_are_refused(tiny_bundle, tmp_path, capsys):
     ],
 )
 def test_grids_that_make_no_sense(tiny_bundle, capsys, arguments, told):
-    assert run("bench", "latency", tiny_bundle, *arguments) == 2
-    assert told in capsys.readouterr().err
+    for command in ("latency", "throughput"):
+        assert run("bench", command, tiny_bundle, *arguments) == 2
+        assert told in capsys.readouterr().err

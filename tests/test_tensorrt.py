@@ -4,6 +4,7 @@ Most tests run twice: on what stands for a GPU (see simulated_gpu), and on a rea
 """
 
 import copy
+import csv
 import gc
 import json
 import re
@@ -23,10 +24,13 @@ from hypothesis import strategies as st
 from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
 from torch_engines import TorchTensorRT
 
+from aesanet import machine
+from aesanet.benchmarks import peak
+from aesanet.benchmarks.latency import compare
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
 from aesanet.engines import ENGINES_FOLDER, Engine, Plan, engine_key, load_library, machine_parts, read_engine
-from aesanet.errors import BackendError, DeviceMemoryError, EngineMisfitError
+from aesanet.errors import BackendError, DeviceMemoryError, EngineMisfitError, InputError
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import make_profiles
@@ -627,6 +631,46 @@ def test_score_takes_the_engine_that_fits(compiled):
     assert scorer.reason == "the bundle has an engine for this GPU"
     assert [profile.max_batch for profile in scorer.backend.profiles] == [20, 3]  # the last that fits
     assert Scorer.open(bundle, backend="tensorrt").reason == "as asked"
+
+
+def test_latencies_without_cuda_graphs_are_those_of_another_engine(compiled, tmp_path, capsys):
+    bundle, add = compiled
+    add()
+    files = [tmp_path / "graphs.csv", tmp_path / "none.csv"]
+    command = ["bench", "latency", str(bundle), "--batches", "1", "--seconds", "0.5", "--most", "0"]
+    for path, more in zip(files, ([], ["--no-cuda-graphs"]), strict=True):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--backend", "tensorrt", "--out", str(path), *more])
+        assert stopped.value.code == 0
+    name = "tensorrt 0.simulated cuda fp16"
+    assert [path.read_text().count(f",{name},") for path in files] == [1, 0]
+    assert [path.read_text().count(f",{name} without CUDA graphs,") for path in files] == [0, 1]
+    with pytest.raises(InputError, match="have no engine"):
+        compare(*files)
+
+
+def test_throughput_tells_the_gpus_memory_and_its_published_peak(compiled, tmp_path, monkeypatch):
+    """Which is of the GPU's name and of FP16."""
+    bundle, add = compiled
+    add()
+    for module in (machine, peak):
+        monkeypatch.setattr(module, "load_cuda", room.load_cuda)
+    command = ["bench", "throughput", str(bundle), "--batches", "2", "--seconds", "0.5", "--most", "0"]
+    rows = []
+    for tflops in ({}, {"Simulated": 2.0}):
+        monkeypatch.setattr(peak, "FP16_TFLOPS", tflops)
+        out = tmp_path / f"{len(rows)}.csv"
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--out", str(out)])
+        assert stopped.value.code == 0
+        with open(out, newline="") as file:
+            rows += csv.DictReader(file)
+    unknown, known = rows
+    assert [unknown[name] for name in ("peak_tflops", "peak_source", "mfu")] == ["", "", ""]
+    assert (known["peak_tflops"], known["peak_source"]) == ("2.0", "NVIDIA, dense FP16")
+    assert float(known["mfu"]) == pytest.approx(float(known["useful_tflops"]) / 2, rel=1e-2)
+    for row in rows:
+        assert int(row["gpu_memory_after_mib"]) > int(row["gpu_memory_before_mib"]) >= 0
 
 
 @pytest.mark.parametrize(
