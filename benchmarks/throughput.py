@@ -35,6 +35,9 @@ THROUGHPUT_COLUMNS: Final = (
     *"clips_per_second clips_per_second_low clips_per_second_high hours_of_audio_per_second x_real_time".split(),
     *"useful_tflops peak_tflops peak_source mfu memory_mib gpu_memory_before_mib gpu_memory_after_mib".split(),
 )
+"""`mfu` is the useful share of the peak. `memory_mib` is this process's at its peak, with four batches of audio a cell
+(64 kB a second); a GPU's is what all processes hold, before the engine is opened and after the last round.
+"""
 
 _LEAST_ROUNDS: Final = 6  # of fewer, order statistics give no interval of 95 %
 _ROUND_SECONDS: Final = 2.0

@@ -8,6 +8,7 @@ import click
 
 from aesanet.cli.notes import extra, note
 from aesanet.cli.options import engine_options
+from aesanet.errors import BackendError
 
 if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell
@@ -51,7 +52,7 @@ def bench() -> None:
 @click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
-@click.option("--no-cuda-graphs", is_flag=True, help="Of a compiled engine, which --backend tensorrt must ask for.")
+@click.option("--no-cuda-graphs", is_flag=True, help="For --backend tensorrt: without them.")
 @engine_options
 def latency(
     bundle: Path,
@@ -86,12 +87,15 @@ def latency(
 
 def _without_cuda_graphs(bundle: Path, backend: str, device: str, precision: str) -> "Scorer":
     """A compiled engine that is given layer by layer, to see what CUDA graphs are worth."""
+    from aesanet.runtime.backends import lacking
     from aesanet.runtime.backends.tensorrt import open_tensorrt
     from aesanet.runtime.scorer import Scorer, open_files
 
     if backend != "tensorrt" or device == "cpu" or precision not in ("auto", "fp16"):
         raise click.UsageError("--no-cuda-graphs is for --backend tensorrt alone: no other engine has CUDA graphs")
     files = open_files(bundle)
+    if (missing := lacking(files, "tensorrt", "fp16")) is not None:
+        raise BackendError(missing)
     return Scorer(files.manifest, open_tensorrt(files, "cuda", "fp16", None, graphs_kept=0), "as asked")
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -23,12 +24,20 @@ from aesanet.benchmarks.latency import (
 )
 from aesanet.benchmarks.matrix_product import best_tflops
 from aesanet.benchmarks.peak import Peak, device_peak
-from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, Rounds, measure_throughput, throughput_row
+from aesanet.benchmarks.throughput import (
+    THROUGHPUT_COLUMNS,
+    Rounds,
+    measure_throughput,
+    throughput_row,
+    throughput_rows,
+)
+from aesanet.bundle import read_manifest
 from aesanet.cli.main import main
-from aesanet.errors import BackendError, InputError
+from aesanet.errors import BackendError, BundleError, InputError
 from aesanet.hashing import file_sha256
 from aesanet.models.flops import clip_flops
 from aesanet.runtime.backends.base import Backend
+from aesanet.runtime.scorer import Scorer
 
 
 def run(*arguments):
@@ -238,6 +247,15 @@ def test_only_compiled_engines_have_cuda_graphs_to_do_without(tiny_bundle, capsy
     for engine in (["--backend", "auto"], ["--backend", "onnxruntime"], ["--backend", "tensorrt", "--device", "cpu"]):
         assert run("bench", "latency", tiny_bundle, "--no-cuda-graphs", *engine) == 2
         assert "--no-cuda-graphs is for --backend tensorrt alone" in capsys.readouterr().err
+    assert run("bench", "latency", tiny_bundle, "--no-cuda-graphs", "--backend", "tensorrt") == 2
+    assert "the bundle has no FP16 graphs" in capsys.readouterr().err
+
+
+def test_operations_of_a_config_that_is_none_are_refused(tiny_bundle):
+    manifest = read_manifest(tiny_bundle)
+    other = msgspec.structs.replace(manifest, source=msgspec.structs.replace(manifest.source, config={"beats": 1}))
+    with pytest.raises(BundleError, match=r"source\.config: Expected `object`.*; export the checkpoint again"):
+        throughput_rows(Scorer(other, Scripted(lambda call: 0.0)), CELLS, 0.0, 1, None)
 
 
 def test_a_cold_start_is_of_a_fresh_process(tiny_bundle, tmp_path, capsys):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import DEMO_CHECKPOINT
+from conftest import DEMO_CHECKPOINT, ROOT
 from helpers import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,10 +67,11 @@ def test_each_part_is_what_pytorch_counts(name, num_samples):
 
 
 def test_ten_seconds_of_the_base_size():
-    """102.2 GFLOP, of which the encoder's are 98.6."""
+    """102.2 GFLOP, of which the encoder's are 98.6; the README tells them."""
     flops = clip_flops(AESANetConfig(), 160_000)
     assert flops.total == 102_172_935_040
     assert flops.patches + flops.positions + flops.attention + flops.feed_forward == 98_607_824_896
+    assert f"({flops.total / 1e9:.1f} GFLOP a 10 s clip of base size" in (ROOT / "README.md").read_text()
 
 
 def test_what_does_not_fill_a_patch_is_seen_by_the_front_end_alone():
