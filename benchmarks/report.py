@@ -38,7 +38,7 @@ def update(document: Path) -> bool:
     try:
         before = document.read_text(encoding="utf-8")
         after = _BLOCK.sub(
-            lambda block: block[1] + "\n" + table(document.parent / block["csv"]) + "\n" + block[3], before
+            lambda block: f"{block[1]}\n{table(document.parent / block['csv'], block['csv'])}\n{block[3]}", before
         )
         if after != before:
             document.write_text(after, encoding="utf-8")
