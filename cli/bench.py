@@ -218,3 +218,25 @@ def compare(before: Path, after: Path) -> None:
             f"{row['engine']}, {row['weights']}, {row['batch']} x {float(row['clip_seconds']):g} s: "
             f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {verdict}"
         )
+
+
+@bench.command()
+@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--update",
+    "documents",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Write this document's tables anew, each from the CSV that it names.",
+)
+def report(results: tuple[Path, ...], documents: tuple[Path, ...]) -> None:
+    """Make Markdown tables of RESULTS, CSV files that these commands wrote."""
+    with extra("bench"):
+        from aesanet.benchmarks.report import table, update
+
+    if not results and not documents:
+        raise click.UsageError("give CSV files, or documents to --update")
+    for path in results:
+        click.echo(table(path))
+    for document in documents:
+        note(f"{document}: {'written anew' if update(document) else 'as it was'}")

@@ -191,7 +191,8 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
         stop()
-        note("finishing the rows in hand; Ctrl-C once more stops at once")
+        # Not by `note`, as the signal may have come in the middle of one.
+        os.write(2, b"aesanet: finishing the rows in hand; Ctrl-C once more stops at once\n")
 
     before = signal.signal(signal.SIGINT, press)
     try:

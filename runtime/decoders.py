@@ -78,7 +78,7 @@ class SoundfileDecoder:
         if self.damaged:
             return 0
         try:
-            got = len(self._file.read(out=block))
+            got: int = self._file.buffer_read_into(block, "float32")
         except soundfile.LibsndfileError:
             self.damaged = True
             try:

@@ -19,8 +19,8 @@ PIPE_BYTES = 2**18
 AU = struct.Struct(">4s5I")  # .snd, header size, data size, encoding, rate, channels
 
 # Containers of one file. Playlists (hls, dash, concat...) would make ffmpeg open what a file names.
-DEMUXERS = "aac,ac3,aiff,amr,ape,asf,avi,caf,dts,eac3,flac,g722,matroska,mov,mp3,ogg,tta,w64,wav,wv"
-UNMARKED = {".g722": "g722"}  # formats that only their name tells
+DEMUXERS = "aac,ac3,aiff,amr,ape,asf,avi,caf,dts,eac3,flac,g722,gsm,matroska,mov,mp3,ogg,tta,w64,wav,wv"
+UNMARKED = {".g722": "g722", ".gsm": "gsm"}  # formats that only their name tells
 
 
 class FfmpegDecoder:

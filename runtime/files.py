@@ -12,7 +12,7 @@ from aesanet.errors import ClipError
 # its name.
 AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .mp3 .ogg .oga .opus .aif .aiff .aifc .au .snd .caf .w64 .rf64"
-    " .m4a .m4b .mp4 .aac .wma .webm .mka .ac3 .eac3 .amr .ape .g722 .mp2 .spx .tta .wv".split()
+    " .m4a .m4b .mp4 .aac .wma .webm .mka .ac3 .eac3 .amr .ape .g722 .gsm .mp2 .spx .tta .wv".split()
 )
 
 

@@ -34,7 +34,7 @@ def file_jobs(rows: Iterable[Row | Mapping[str, Any]], channels: ChannelPolicy) 
     def job() -> Job[Row]:
         of_file, clips = zip(*together, strict=True)
         together.clear()
-        return Job(of_file, partial(decode, clips, channels))
+        return Job(of_file, partial(_decoded, clips, channels))
 
     for given in rows:
         row = given if isinstance(given, Row) else Row(given)
@@ -52,6 +52,19 @@ def file_jobs(rows: Iterable[Row | Mapping[str, Any]], channels: ChannelPolicy) 
         together.append((row, clip))
     if together:
         yield job()
+
+
+def _decoded(clips: Sequence[Clip], channels: ChannelPolicy) -> Blocks:
+    """As `decode`; whatever a decoder may do on a file, the run goes on."""
+    waiting = set(range(len(clips)))
+    try:
+        for index, found in decode(clips, channels):
+            if not isinstance(found, np.ndarray):
+                waiting.discard(index)
+            yield index, found
+    except Exception as error:
+        for index in sorted(waiting):
+            yield index, ClipError("undecodable", f"its decoder failed: {type(error).__name__}: {error}")
 
 
 def failed_job(row: Given, error: ClipError) -> Job[Given]:

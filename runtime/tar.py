@@ -65,7 +65,8 @@ class _Members:
         size, end = os.fstat(self.descriptor).st_size, 0
         try:
             with open(self.descriptor, "rb", closefd=False) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None and end <= tar.offset <= size:
+                # tarfile takes sizes below zero, too, and comes back to where it was.
+                while (member := tar.next()) is not None and member.size >= 0 and end < tar.offset <= size:
                     tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
                     end = tar.offset
                     if member.isreg() and not member.issparse():
@@ -73,8 +74,8 @@ class _Members:
                 # tarfile takes a damaged header for the end, whose mark is a block of zeros (or nothing at all).
                 if member is None and not any(os.pread(self.descriptor, tarfile.BLOCKSIZE, end)):
                     return
-        except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError):
-            pass  # as tarfile fails on headers of many kinds of nonsense
+        except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError):
+            pass  # as tarfile fails on nonsense of many kinds
         self.damage = ClipError(
             "damaged_tar", f"not a tar, or damaged after byte {end}; members from there on are lost"
         )
@@ -83,7 +84,7 @@ class _Members:
 def _sample_rows(path: str, descriptor: int, members: dict[str, tarfile.TarInfo]) -> Iterator[Row]:
     about = {}
     if (member := members.get("json")) is not None and member.size <= MAX_JSON_BYTES:
-        with suppress(ValueError, RecursionError):  # the audio is scored all the same
+        with suppress(OSError, ValueError, RecursionError):  # the audio is scored all the same
             about = {"json": parse_json(os.pread(descriptor, member.size, member.offset_data))}
     for member in members.values():
         if is_audio(member.name):

@@ -56,7 +56,7 @@ def whole_files():
 
 
 def damaged(rng, files):
-    """A file with one to three kinds of damage."""
+    """A file with one to three kinds of damage, and whether its checksums were mended."""
     data = bytearray(files[rng.integers(len(files))])
     for _ in range(rng.integers(1, 4)):
         if len(data) < 8:
@@ -82,7 +82,35 @@ def damaged(rng, files):
                 other = files[rng.integers(len(files))]
                 start = int(rng.integers(len(other)))
                 data[at:at] = other[start : start + count]
-    return bytes(data)
+    mend = rng.random() < 0.5 and b"OggS" in data
+    return bytes(mended(data) if mend else data), mend
+
+
+def crc_table():
+    """Of Ogg's checksum: RFC 3533, section 6."""
+    for value in range(256):
+        crc = value << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x04C11DB7 * (crc >> 31)) & 0xFFFFFFFF
+        yield crc
+
+
+CRC = list(crc_table())
+
+
+def mended(data):
+    """With the checksums of its Ogg pages made right, without which damage to them is only ever left out."""
+    start = data.find(b"OggS")
+    while start >= 0 and start + 27 <= len(data):
+        num_segments = data[start + 26]
+        end = start + 27 + num_segments + sum(data[start + 27 : start + 27 + num_segments])
+        data[start + 22 : start + 26] = bytes(4)
+        crc = 0
+        for byte in data[start:end]:
+            crc = (crc << 8 & 0xFFFFFFFF) ^ CRC[crc >> 24 ^ byte]
+        data[start + 22 : start + 26] = crc.to_bytes(4, "little")
+        start = data.find(b"OggS", max(end, start + 4))
+    return data
 
 
 def heard(clips, channels):
@@ -106,8 +134,11 @@ def heard(clips, channels):
     return [(b"".join(part.tobytes() for part in parts), ended[index]) for index, parts in enumerate(samples)]
 
 
-def check(rng, data, folder):
-    """Decodes a file, now and then as a tar's member: all of it and some parts, together and one of them alone."""
+def check(rng, data, folder, same=True):
+    """Decodes a file, now and then as a tar's member: all of it and some parts, together and one of them alone.
+
+    The one must be the `same` as among the others.
+    """
     path, member = f"{folder}/damaged", None
     if rng.random() < 0.3:
         path, member = f"{folder}/damaged.tar", "a.wav"
@@ -126,8 +157,9 @@ def check(rng, data, folder):
     together = heard(clips, channels)
     index = rng.integers(len(clips))
     ((samples, end),) = heard([clips[index]], channels)
-    assert samples == together[index][0]
-    assert getattr(end, "code", end) == getattr(together[index][1], "code", together[index][1])
+    if same:
+        assert samples == together[index][0]
+        assert getattr(end, "code", end) == getattr(together[index][1], "code", together[index][1])
 
 
 def peak_megabytes():
@@ -144,9 +176,10 @@ def main(folder, first, last):
     for seed in range(first, last):
         print(seed, flush=True)
         rng = np.random.default_rng(seed)
-        data = damaged(rng, files)
+        data, is_mended = damaged(rng, files)
         signal.alarm(MAX_SECONDS)  # whose default action ends the process, even inside a library
-        check(rng, data, folder)
+        # For an Opus packet that is none, though its checksum is right, libsndfile 1.2.2 gives what is in its memory.
+        check(rng, data, folder, same=not is_mended)
         signal.alarm(0)
         assert peak_megabytes() - before < MAX_MEMORY_GROWTH
     print(f"done, with {peak_megabytes() - before:.0f} MB more than before")

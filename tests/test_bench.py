@@ -335,3 +335,63 @@ def test_grids_that_make_no_sense(tiny_bundle, capsys, arguments, told):
     for command in ("latency", "throughput"):
         assert run("bench", command, tiny_bundle, *arguments) == 2
         assert told in capsys.readouterr().err
+
+
+def write_csv(path, *rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+COLD = {
+    "date": "2026-01-02T03:04Z",
+    "processor": "An Abacus",
+    "cores": "3",
+    "gpu": "",
+    "weights": "untrained",
+    "engine": "beads 1.0",
+    "import_milliseconds": "12.34",
+    "open_milliseconds": "1234.5",
+    "first_score_milliseconds": "0.567",
+}
+
+
+def test_a_report_is_of_the_files_and_says_where_they_were_measured(tmp_path, capsys):
+    write_csv(tmp_path / "cold.csv", COLD, COLD | {"engine": "slide rule", "gpu": "A Loom"})
+    assert run("bench", "report", tmp_path / "cold.csv") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| engine | import, ms | open, ms | first score, ms |",
+        "| --- | --- | --- | --- |",
+        "| beads 1.0 | 12.3 | 1,234 | 0.57 |",
+        "| slide rule | 12.3 | 1,234 | 0.57 |",
+        "",
+        "An Abacus, 3 cores; A Loom, 3 cores; untrained weights; 2026-01-02.",
+        "",
+    ]
+
+
+def test_a_documents_tables_are_written_anew_and_nothing_else_is(tmp_path):
+    (tmp_path / "results").mkdir()
+    write_csv(tmp_path / "results" / "cold.csv", COLD)
+    document = tmp_path / "document.md"
+    block = "<!-- table of results/cold.csv -->\nold | table\n<!-- end of table -->"
+    document.write_text(f"Before.\n{block}\nBetween.\n{block}\nAfter.\n")
+    assert run("bench", "report", "--update", document) == 0
+    text = document.read_text()
+    assert text.count("| beads 1.0 | 12.3 | 1,234 | 0.57 |") == 2
+    assert "old |" not in text
+    assert re.fullmatch(r"Before\.\n<!-.*->\nBetween\.\n<!-.*->\nAfter\.\n", text, re.DOTALL)
+    assert "[CSV](results/cold.csv)" in text
+    assert run("bench", "report", "--update", document) == 0
+    assert document.read_text() == text
+
+
+def test_what_is_no_file_of_bench(tmp_path, capsys):
+    write_csv(tmp_path / "x.csv", {"a": 1})
+    assert run("bench", "report", tmp_path / "x.csv") == 2
+    assert "its columns are a; that is no file of `aesanet bench`" in capsys.readouterr().err
+    (tmp_path / "d.md").write_text("<!-- table of none.csv -->\n<!-- end of table -->")
+    assert run("bench", "report", "--update", tmp_path / "d.md") == 2
+    assert "none.csv: No such file" in capsys.readouterr().err
+    assert run("bench", "report") == 2

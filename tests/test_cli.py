@@ -251,3 +251,43 @@ def test_file_names_cannot_paint_the_terminal(tiny_bundle, tmp_path):
     soundfile.write(tmp_path / "red\x1b[31m\n.wav", np.zeros(8_000), 16_000)
     out, _ = aesanet("score", tiny_bundle, tmp_path, "--format", "table")
     assert "red\\x1b[31m\\n.wav" in out
+
+
+def test_a_profile_says_where_the_time_went(tiny_bundle, audio):
+    _, err = aesanet("score", tiny_bundle, audio, "--profile", "--workers", 3, "--max-batch-seconds", 2.5, status=1)
+    for told in (
+        r"batches of up to 2\.5 s of audio, decoded in 3 threads",
+        r"engine \d+\.\d\d s \(\d+\.\d%\), in 2 batches with 0\.0% padding",
+        r"waiting for decoded audio \d",
+        r"planning, writing and the rest \d",
+        r"decoders, beside all that, .* of 3 threads",
+    ):
+        assert re.search(told, err), told
+
+
+def test_what_of_several_channels_is_scored_can_be_chosen(tiny_bundle, tmp_path):
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(0, 0.05, 24_000), rng.normal(0, 0.2, 24_000)
+    for name, wave in (("left", left), ("loudest", right), ("mean", (left + right) / 2)):
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "both.wav", np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
+    exact = ("--precision", "fp32", "--device", "cpu")
+    for policy in ("left", "loudest", "mean"):
+        (found,) = rows_of(aesanet("score", tiny_bundle, tmp_path / "both.wav", "--channels", policy, *exact)[0])
+        (alone,) = rows_of(aesanet("score", tiny_bundle, tmp_path / f"{policy}.wav", *exact)[0])
+        assert [found[axis] for axis in AXES] == pytest.approx([alone[axis] for axis in AXES], abs=1e-4)
+        assert (found["channels"], alone["channels"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--resume"], "--resume is of a file: name one with --out"),
+        (["--overwrite"], "--overwrite is of a file: name one with --out"),
+        (["--resume", "--overwrite", "--out", "x.jsonl"], "--resume and --overwrite: give one of them"),
+        (["--workers", "0"], "Invalid value for '--workers'"),
+        (["--max-batch-seconds", "0"], "Invalid value for '--max-batch-seconds'"),
+    ],
+)
+def test_options_that_make_no_sense_together(tiny_bundle, audio, options, told):
+    assert told in aesanet("score", tiny_bundle, audio, *options, status=2)[1]

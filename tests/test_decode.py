@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -306,6 +307,19 @@ def test_a_flac_that_does_not_say_its_length_is_read_to_the_end(tmp_path):
 def test_memory_does_not_follow_the_header_of_a_low_rate(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(2**19), 1_000)
     assert max(len(block) for block in ClipReader(Clip(str(tmp_path / "a.wav")))) < 17 * BLOCK_SAMPLES
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
+def test_memory_does_not_follow_the_length(tmp_path, container):
+    with soundfile.SoundFile(tmp_path / "a", "w", 16_000, 1, format=container) as file:
+        for _ in range(600):
+            file.write(np.full(16_000, 0.25))
+    tracemalloc.start()
+    num_samples = sum(len(block) for block in ClipReader(Clip(str(tmp_path / "a"))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_samples == pytest.approx(600 * 16_000, rel=1e-3)  # 38 MB
+    assert peak < 4e6
 
 
 @pytest.mark.parametrize("container", ["MP3", "OGG", "FLAC"])

@@ -106,6 +106,14 @@ def test_what_libsndfile_does_not_know_is_decoded(files, real, name):
     np.testing.assert_array_equal(samples, run(files / name)[0])
 
 
+def test_telephone_prompts_that_only_their_name_tells(tmp_path, real):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 8_000)
+    soundfile.write(tmp_path / "a.gsm", tone, 8_000, format="RAW", subtype="GSM610")
+    samples, end = run(tmp_path / "a.gsm")
+    assert (end.sample_rate, end.channels) == (8_000, 1)
+    assert np.argmax(np.abs(np.fft.rfft(samples[8_000:24_000]))) == 440
+
+
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_what_is_lossless_is_the_same_to_the_bit(files, real, name):
     for channels in ("mean", "left", "loudest"):

@@ -1,7 +1,8 @@
 """The floors of the house: who may import whom, read from the code's own import statements."""
 
 import ast
-import csv
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from aesanet.benchmarks import backends
+from aesanet.benchmarks.report import update
 
 ROOMS = ("aesanet", "models", "export", "runtime", "benchmarks", "training", "cli")
 MAY_IMPORT = {
@@ -114,38 +115,11 @@ def test_every_room_is_in_the_wheel_and_no_other_name():
 RECORDING = ROOT / "models" / "demo" / "samples" / "speech-synthetic.wav"
 
 
-def test_speeds_in_the_docs_are_those_of_the_csv():
-    docs = (ROOT / "docs" / "engines.md").read_text()
-    with open(ROOT / "benchmarks" / "results" / "backends-h200.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    engines = dict.fromkeys(row["engine"] for row in rows)
-    assert {row["gpu"] for row in rows} == {"NVIDIA H200"}
-    for engine in engines:
-        own = [row for row in rows if row["engine"] == engine]
-        cells = [*(row["milliseconds_median"] for row in own), own[-1]["x_real_time"]]
-        assert "| " + " | ".join([engine, *cells]) + " |\n" in docs
-
-
-def test_cold_starts_in_the_readme_are_those_of_the_csv():
-    readme = (ROOT / "README.md").read_text()
-    with open(ROOT / "benchmarks" / "results" / "cold-base.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for part, told in (
-        ("import", "importing\ntook {} to {} ms"),
-        ("open", "opening {} to {} ms"),
-        ("first_score", "{} to {} ms"),
-    ):
-        values = [float(row[f"{part}_milliseconds"]) for row in rows]
-        assert told.format(f"{min(values):,.0f}", f"{max(values):,.0f}") in readme
-
-
-def test_speeds_in_the_readme_are_those_of_the_csv():
-    readme = (ROOT / "README.md").read_text()
-    with open(ROOT / "benchmarks" / "results" / "backends.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == backends.COLUMNS
-    engines = dict.fromkeys(row["engine"] for row in rows)
-    assert len(engines) >= 4
-    for engine in engines:
-        cells = [row[c] for row in rows if row["engine"] == engine for c in ("milliseconds_median", "x_pytorch")]
-        assert "| " + " | ".join([engine, *cells]) + " |\n" in readme
+def test_tables_in_the_documents_are_those_of_their_files(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    documents = [tmp_path / "README.md", *(tmp_path / "docs").iterdir()]
+    assert not any(update(document) for document in documents)
+    named = re.findall(r"<!-- table of (\S+) -->", "".join(document.read_text() for document in documents))
+    assert len(named) >= 5

@@ -179,19 +179,57 @@ def test_of_a_damaged_tar_what_comes_before_is_scored(tmp_path):
     assert run(Clip(str(path), member="3.wav"))[1].code == "not_found"
 
 
-@given(st.data())
-def test_any_damage_is_an_error_row_at_most(tmp_path_factory, data):
+def mend_checksum(content, header):
+    """Makes what stands in a header look as if it was meant."""
+    content[header + 148 : header + 156] = b" " * 8
+    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+
+
+FIELDS = [0, 100, 124, 136, 156, 257, 345, 482]  # name, mode, size, time, type, magic, prefix, sparse
+DAMAGE = st.sampled_from(
+    [b"77777777777", b"\xff" * 12, b"\x80" + bytes(11), b"S", b"L", b"K", b"x", b"g", b"-1", b"\0"]
+)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@given(
+    damages=st.lists(
+        st.tuples(st.integers(0, 14), st.sampled_from(FIELDS) | st.integers(0, 511), DAMAGE | st.binary(max_size=12)),
+        min_size=1,
+        max_size=3,
+    ),
+    cut=st.none() | st.integers(0, 9_000),
+)
+def test_any_damage_is_an_error_row_at_most(tmp_path_factory, form, damages, cut):
     path = tmp_path_factory.getbasetemp() / "damaged.tar"
-    write_tar(path, [("0.wav", b"x" * 700), ("long" * 40 + ".wav", b"y"), ("1.json", b"{}"), ("1.wav", b"")])
-    content = bytearray(path.read_bytes())[:4_096]
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    members = [("0.wav", b"x" * 700), ("long" * 40 + ".wav", b"y"), ("1.json", b"{}"), ("caf\u00e9/1.wav", b"")]
+    write_tar(path, members, format=form)
+    content = bytearray(path.read_bytes())
+    for block, place, damage in damages:
+        content[512 * block + place : 512 * block + place + len(damage)] = damage
+        mend_checksum(content, 512 * block)
+    path.write_bytes(content[:cut])
     found = rows(path)
     assert all(row.error is None for row in found[:-1])
     for row in found:
         if row.error is None:
             assert isinstance(run(row.clip())[1], ClipError)
+
+
+@pytest.mark.parametrize(
+    "size", [b"\xff" * 12, b"\xff" * 10 + b"\xfe\0", b"\x80" + bytes(3) + b"\xff" * 8, b"77777777777\0"]
+)
+def test_sizes_that_no_member_has_end_the_tar(tmp_path, size):
+    """tarfile alone reads a member of a negative size again and again."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [("0.wav", audio()), ("1.wav", audio())])
+    content = bytearray(path.read_bytes())
+    at = content.index(b"1.wav\0")
+    content[at + 124 : at + 136] = size
+    mend_checksum(content, at)
+    path.write_bytes(content)
+    assert names(path) == ["0.wav", None]
+    assert rows(path)[-1].error.code == "damaged_tar"
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF"])
