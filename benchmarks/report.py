@@ -75,6 +75,22 @@ def _latency(rows: Sequence[Row]) -> Table:
     return ["engine", "clips", "seconds", "p50, ms", "p90", "p99", "longest", "x real time"], cells
 
 
+def _throughput(rows: Sequence[Row]) -> Table:
+    names = ("clips_per_second", "x_real_time", "useful_tflops")
+    cells = [
+        [
+            row["engine"],
+            row["batch"],
+            f"{float(row['clip_seconds']):g}",
+            *(_number(row[name]) for name in names),
+            _number(row["peak_tflops"]) if row["peak_tflops"] else "",
+            f"{float(row['mfu']):.1%}" if row["mfu"] else "",
+        ]
+        for row in rows
+    ]
+    return ["engine", "clips", "seconds", "clips/s", "x real time", "useful TFLOP/s", "peak", "share of peak"], cells
+
+
 def _end_to_end(rows: Sequence[Row]) -> Table:
     cells = [
         [
@@ -115,6 +131,7 @@ def _backends(rows: Sequence[Row]) -> Table:
 _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
     frozenset({"import_milliseconds", "open_milliseconds", "first_score_milliseconds"}): _cold,
     frozenset({"milliseconds_p50", "milliseconds_p99", "batch", "clip_seconds"}): _latency,
+    frozenset({"clips_per_second", "useful_tflops", "mfu"}): _throughput,
     frozenset({"share_of_slower", "end_to_end_seconds"}): _end_to_end,
     frozenset({"case", "peak_memory_mib"}): _memory,
     frozenset({"milliseconds_median", "x_pytorch"}): _backends,

@@ -241,6 +241,11 @@ def test_throughput_beside_what_the_processor_could_do(tiny_bundle, tmp_path, ca
     told = capsys.readouterr().out.splitlines()
     assert told[0].split()[-2:] == ["peak", "MFU"]
     assert len(told) == 3
+    write_csv(out, rows[0] | {"peak_tflops": "", "peak_source": "", "mfu": ""}, rows[1] | {"mfu": "0.25"})
+    assert run("bench", "report", out) == 0
+    reported = capsys.readouterr().out.splitlines()
+    assert reported[0].endswith("| useful TFLOP/s | peak | share of peak |")
+    assert [line.split("|")[-2].strip() for line in reported[2:4]] == ["", "25.0%"]
 
 
 def test_only_compiled_engines_have_cuda_graphs_to_do_without(tiny_bundle, capsys):
