@@ -229,14 +229,19 @@ def compare(before: Path, after: Path) -> None:
     type=click.Path(path_type=Path),
     help="Write this document's tables anew, each from the CSV that it names.",
 )
-def report(results: tuple[Path, ...], documents: tuple[Path, ...]) -> None:
+@click.option("--plot", is_flag=True, help="Draw the speeds of each CSV too, as an SVG beside it.")
+def report(results: tuple[Path, ...], documents: tuple[Path, ...], plot: bool) -> None:
     """Make Markdown tables of RESULTS, CSV files that these commands wrote."""
     with extra("bench"):
+        from aesanet.benchmarks.plots import plot_speeds
         from aesanet.benchmarks.report import table, update
 
     if not results and not documents:
         raise click.UsageError("give CSV files, or documents to --update")
     for path in results:
         click.echo(table(path))
+        if plot:
+            plot_speeds(path, path.with_suffix(".svg"))
+            note(f"{path.with_suffix('.svg')}: written")
     for document in documents:
         note(f"{document}: {'written anew' if update(document) else 'as it was'}")

@@ -392,6 +392,31 @@ def test_a_documents_tables_are_written_anew_and_nothing_else_is(tmp_path):
     assert document.read_text() == text
 
 
+def test_speeds_are_drawn_each_as_long_as_it_is_fast(tmp_path):
+    rows = [
+        {**COLD, "engine": engine, "batch": batch, "clip_seconds": "10.0", "milliseconds_median": "1", "x_pytorch": "1"}
+        | {"x_real_time": speed}
+        for engine, batch, speed in (("beads", "1", "40"), ("beads", "4", "80"), ("rule", "4", "20"))
+    ]
+    rows += [rows[-1] | {"batch": "1", "x_real_time": "60"}]
+    write_csv(tmp_path / "speeds.csv", *rows)
+    assert run("bench", "report", "--plot", tmp_path / "speeds.csv") == 0
+    drawing = (tmp_path / "speeds.svg").read_text()
+    bars = re.findall(
+        r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) .{0,80}?z\n"[^>]*style="fill: #(0b6fa4|c65102)"', drawing, re.S
+    )
+    lengths = {
+        colour: sorted(float(end) - float(start) for start, end, c in bars if c == colour) for _, _, colour in bars
+    }
+    one, four = lengths["0b6fa4"][-2:], lengths["c65102"][-2:]
+    assert one[1] / one[0] == pytest.approx(1.5, rel=0.01)
+    assert four[1] / four[0] == pytest.approx(4, rel=0.01)
+    again = tmp_path / "again.csv"
+    again.write_bytes((tmp_path / "speeds.csv").read_bytes())
+    assert run("bench", "report", "--plot", again) == 0
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "speeds.svg").read_bytes()
+
+
 def test_what_is_no_file_of_bench(tmp_path, capsys):
     write_csv(tmp_path / "x.csv", {"a": 1})
     assert run("bench", "report", tmp_path / "x.csv") == 2
