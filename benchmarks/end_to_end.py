@@ -67,7 +67,7 @@ def measure_end_to_end(
         parts: dict[str, Callable[[], None]] = {
             "decoding": lambda: _decode(scorer, rows, settings),
             "engine": lambda: _engine(scorer.backend, recorder.batches),
-            "end_to_end": lambda: spent.append(_whole(scorer, rows, settings, Path(folder) / "rows.jsonl")),
+            "end_to_end": lambda: spent.append(score_to_file(scorer, rows, settings, Path(folder) / "rows.jsonl")),
         }
         for number in range(rounds):
             order = deque(parts)
@@ -122,7 +122,7 @@ def _engine(backend: Backend, batches: Sequence[tuple[np.ndarray, np.ndarray]]) 
         pending()
 
 
-def _whole(scorer: Scorer, rows: Sequence[Row], settings: Settings, path: Path) -> Mapping[str, float]:
+def score_to_file(scorer: Scorer, rows: Sequence[Row], settings: Settings, path: Path) -> Mapping[str, float]:
     """What `aesanet score` does, and where its time went."""
     began = time.perf_counter()
     file = RowFile(path, {})

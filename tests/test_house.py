@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from aesanet.benchmarks import backends
-
 ROOMS = ("aesanet", "models", "export", "runtime", "benchmarks", "training", "cli")
 MAY_IMPORT = {
     "aesanet": set(),
@@ -143,7 +141,6 @@ def test_speeds_in_the_readme_are_those_of_the_csv():
     readme = (ROOT / "README.md").read_text()
     with open(ROOT / "benchmarks" / "results" / "backends.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == backends.COLUMNS
     engines = dict.fromkeys(row["engine"] for row in rows)
     assert len(engines) >= 4
     for engine in engines:
