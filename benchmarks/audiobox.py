@@ -51,7 +51,7 @@ def open_audiobox(precision: str, work: Work) -> Opened:
     warnings.simplefilter("ignore")  # of its own use of PyTorch, every batch
     logging.disable(logging.INFO)
     torchaudio = _torchaudio()
-    infer = import_module("audiobox_aesthetics.infer")
+    infer: Any = import_module("audiobox_aesthetics.infer")
     checkpoint = work.folder / f"audiobox-{precision}.pt"
     _save_untrained(infer, precision, checkpoint)
     predictor = infer.initialize_predictor(str(checkpoint))
@@ -74,7 +74,7 @@ def open_audiobox(precision: str, work: Work) -> Opened:
     return Opened(About(told, "untrained", millions(predictor.model), work.batch), files)
 
 
-def _save_untrained(infer: ModuleType, precision: str, path: Path) -> None:
+def _save_untrained(infer: Any, precision: str, path: Path) -> None:
     """A checkpoint of the published sizes, as its own loader takes it."""
     transform = {axis: {"mean": 5.0, "std": 2.0} for axis in AXES}
     torch.manual_seed(0)
