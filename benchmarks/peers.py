@@ -22,7 +22,7 @@ from aesanet.benchmarks.audiobox import INSTALL, is_installed, open_audiobox
 from aesanet.benchmarks.contestants import Alone, Contestant, Part, Work, open_aesanet, open_pytorch
 from aesanet.benchmarks.latency import median_interval
 from aesanet.benchmarks.records import MACHINE, machine
-from aesanet.errors import BackendError, InputError
+from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
@@ -84,20 +84,11 @@ def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[s
     where = machine()
     with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
         folder = Path(name)
-        files = list(_whole_files(inputs) if inputs else write_clips(samples(), plan.clips, folder))
+        files = _whole_files(inputs) if inputs else list(write_clips(samples(), plan.clips, folder))
         lengths = [_seconds(file) for file in files] if plan.part == "files" else [CLIP_SECONDS] * plan.batch
         work = _prepare(plan, files, folder, note)
         contestants = list(_contestants(plan, note))
-        entered: dict[str, Alone] = {}
-        for contestant in contestants:
-            note(f"opening {contestant}")
-            try:
-                alone = Alone(contestant, work)
-            except Exception as error:  # theirs may be anything
-                note(f"left out: {contestant}: {error}")
-            else:
-                processes.callback(alone.close)
-                entered[str(contestant)] = alone
+        entered = _enter(contestants, work, processes, note)
         # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots.
         warm_ups = 9 if plan.device == "cuda" else 2
         seen = take_turns({told: alone.run for told, alone in entered.items()}, warm_ups, plan.rounds, note)
@@ -118,6 +109,21 @@ def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[s
         for one in contestants
         if (told := str(one)) in seen
     ]
+
+
+def _enter(contestants: Sequence[Contestant], work: Work, processes: ExitStack, note: Notes) -> dict[str, Alone]:
+    """All who can be opened, by name."""
+    entered: dict[str, Alone] = {}
+    for contestant in contestants:
+        note(f"opening {contestant}")
+        try:
+            alone = Alone(contestant, work)
+        except Exception as error:  # theirs may be anything
+            note(f"left out: {contestant}: {error}")
+            continue
+        processes.callback(alone.close)
+        entered[str(contestant)] = alone
+    return entered
 
 
 def take_turns(
@@ -188,12 +194,18 @@ def write_clips(recordings: Sequence[Path], count: int, folder: Path) -> Iterato
         yield str(path)
 
 
-def _whole_files(inputs: Sequence[str]) -> Iterator[str]:
+def _whole_files(inputs: Sequence[str]) -> list[str]:
     """The files that inputs name; raises InputError for segments and members of tars, which scripts do not read."""
-    for row in read_rows(inputs):
-        if row.error is not None or row.clip() != Clip(row.clip().path):
-            raise InputError(f"{row.given}: only whole files can be compared")
-        yield row.clip().path
+    try:
+        clips = [row.clip() for row in read_rows(inputs)]
+    except ClipError as error:
+        raise InputError(str(error)) from None
+    if not clips:
+        raise InputError(f"{', '.join(inputs)}: no audio files")
+    for clip in clips:
+        if clip != Clip(clip.path):
+            raise InputError(f"{clip.path}: a row asks for a part of it; only whole files can be compared")
+    return [clip.path for clip in clips]
 
 
 def _seconds(file: str) -> float:

@@ -237,6 +237,8 @@ def test_in_memory_engines_agree_with_pytorch(part, tiny_checkpoint, invited, tm
     ("name", "text", "told"),
     [
         ("segment.jsonl", '{"path": "a.wav", "start_time": 1}', "only whole files can be compared"),
+        ("bad.jsonl", '{"path": "a.wav", "start_time": -1}', "start_time is -1"),
+        ("empty.jsonl", "", "empty.jsonl: no audio files"),
         ("damaged.wav", "RIFF", "damaged.wav: "),
     ],
 )
