@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from aesanet import __version__
 from aesanet.axes import AXES
 from aesanet.benchmarks.end_to_end import score_to_file
+from aesanet.errors import InputError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.backends import BackendName
@@ -147,6 +148,8 @@ def open_aesanet(backend: BackendName, precision: Precision, work: Work) -> Open
     def files() -> np.ndarray:
         score_to_file(scorer, [Row({"path": path}) for path in work.files], settings, written)
         rows = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+        if failed := [row for row in rows if "error" in row]:
+            raise InputError(f"{failed[0]['path']}: {failed[0]['error']['message']}")
         return np.array([[row[axis] for axis in AXES] for row in rows])
 
     runs: dict[Part, Callable[[], np.ndarray]] = {
@@ -154,13 +157,12 @@ def open_aesanet(backend: BackendName, precision: Precision, work: Work) -> Open
         "waveforms": lambda: engine.scores(work.waveform, work.num_samples),
         "encoder": lambda: engine.features(work.fbank, tokens),
     }
+    own_batch = round(settings.batch_seconds / scorer.manifest.window.window_seconds)
     about = About(
         versions=f"aesanet {__version__}, {' '.join(engine.name.split()[:2])}",
         weights=scorer.manifest.weights,
         parameters_millions=millions(load_checkpoint(work.checkpoint)),
-        batch=round(settings.batch_seconds / scorer.manifest.window.window_seconds)
-        if work.part == "files"
-        else work.batch,
+        batch=own_batch if work.part == "files" else work.batch,
     )
     return Opened(about, runs[work.part])
 
