@@ -68,7 +68,7 @@ def measure_end_to_end(
         parts: dict[str, Callable[[], None]] = {
             "decoding": lambda: _decode(scorer, rows, settings),
             "engine": lambda: keep_under_way(scorer.backend, recorder.batches),
-            "end_to_end": lambda: spent.append(_whole(scorer, rows, settings, Path(folder) / "rows.jsonl")),
+            "end_to_end": lambda: spent.append(score_to_file(scorer, rows, settings, Path(folder) / "rows.jsonl")),
         }
         for number in range(rounds):
             order = deque(parts)
@@ -123,7 +123,7 @@ def keep_under_way(backend: Backend, batches: Iterable[tuple[np.ndarray, np.ndar
         pending()
 
 
-def _whole(scorer: Scorer, rows: Sequence[Row], settings: Settings, path: Path) -> Mapping[str, float]:
+def score_to_file(scorer: Scorer, rows: Sequence[Row], settings: Settings, path: Path) -> Mapping[str, float]:
     """What `aesanet score` does, and where its time went."""
     began = time.perf_counter()
     file = RowFile(path, {})

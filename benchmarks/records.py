@@ -15,11 +15,12 @@ from aesanet.hashing import file_sha256
 from aesanet.machine import list_gpus, processor_name, usable_cores
 from aesanet.runtime.scorer import Scorer
 
-WHERE: Final = "date aesanet processor cores load gpu python bundle_sha256 weights engine".split()
+MACHINE: Final = "date aesanet processor cores load gpu python".split()
+WHERE: Final = [*MACHINE, "bundle_sha256", "weights", "engine"]
 
 
-def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
-    """What every row says of its machine, bundle and engine."""
+def machine() -> dict[str, Any]:
+    """What every row says of its machine, before anything is measured on it."""
     try:
         gpu = "; ".join(map(str, list_gpus()))
     except BackendError:
@@ -32,6 +33,12 @@ def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
         "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "",
         "gpu": gpu,
         "python": platform.python_version(),
+    }
+
+
+def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
+    """What rows say of one bundle on one engine, and of the machine."""
+    return machine() | {
         "bundle_sha256": file_sha256(bundle / MANIFEST_NAME)[:16],
         "weights": scorer.manifest.weights,
         "engine": scorer.backend.name,

@@ -205,6 +205,59 @@ def end_to_end(
 
 
 @bench.command()
+@click.argument("inputs", nargs=-1, type=click.Path())
+@click.option(
+    "--part",
+    type=click.Choice(["files", "waveforms", "encoder"]),
+    default="files",
+    show_default=True,
+    help="Files on disk to scores, waveforms in memory to scores, or the encoder alone (these on 10 s clips).",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips; aesanet has its own.")
+@click.option("--clips", type=click.IntRange(min=1), default=16, show_default=True, help="Of 10 s, without INPUTS.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="6 or more give intervals of 95 %.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Of every contestant; by default, as many as cores.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="By default an untrained network of the base size, 90 M."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("peers.csv"), show_default=True)
+def peers(inputs: tuple[str, ...], threads: int | None, out: Path, **plan: Any) -> None:
+    """Time aesanet's engines beside PyTorch and audiobox-aesthetics, in turns, on INPUTS or the recordings it ships.
+
+    PyTorch runs the same network, eager and compiled, in FP32 and by autocast. From files, it and audiobox-aesthetics
+    read, resample and score one batch after the other, as scripts do. audiobox-aesthetics is its own package, with
+    random weights of the published sizes, and takes part where it is installed:
+
+        pip install audiobox_aesthetics requests
+    """
+    with extra("bench"):
+        from aesanet.benchmarks.peers import PEERS_COLUMNS, Plan, measure_peers
+        from aesanet.benchmarks.records import append_rows
+    from aesanet.machine import usable_cores
+
+    rows = measure_peers(inputs, Plan(threads=threads or usable_cores(), **plan), note)
+    append_rows(out, PEERS_COLUMNS, rows)
+    click.echo(
+        f"{rows[0]['part']}: {rows[0]['clips']} clips, {rows[0]['audio_seconds']} s of audio, {rows[0]['threads']} "
+        f"threads, medians of {rows[0]['rounds']} rounds"
+    )
+    click.echo(f"{'':36}batch  seconds         low to high  x real time  x audiobox  x PyTorch")
+    for row in rows:
+        interval = f"{row['seconds_low']:.3f} to {row['seconds_high']:.3f}"
+        click.echo(
+            f"{row['contestant'] + ' ' + row['precision']:36}{row['batch']:5}{row['seconds_median']:9.3f}{interval:>20}"
+            f"{row['x_real_time']:13.1f}{row['x_audiobox']:>12}{row['x_pytorch']:>11}"
+        )
+
+
+@bench.command()
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 def compare(before: Path, after: Path) -> None:

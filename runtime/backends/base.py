@@ -49,6 +49,14 @@ class Backend(ABC):
         """Begin to score and embed a batch; an embedding is the mean of the encoder's features over a clip's tokens."""
         raise BackendError(f"{self.name} gives no embeddings")
 
+    def features(self, fbank: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """What the encoder alone gives, float32 [batch, tokens, width], for those who measure it.
+
+        fbank      : float32 [batch, frames, 128], as the front end gives it
+        num_tokens : int64 [batch]
+        """
+        raise BackendError(f"{self.name} does not run its encoder alone")
+
     def batch_seconds(self, window_seconds: float) -> float:
         """Of audio, padding included, in the batches that this engine runs best, for windows of a bundle's length."""
         return _CPU_BATCH_WINDOWS * window_seconds

@@ -57,6 +57,11 @@ class OnnxRuntimeBackend(Backend):
         found = scores, mean_over_tokens(features.numpy(), num_tokens(num_samples))
         return lambda: found
 
+    def features(self, fbank: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """As `Backend.features`."""
+        found = _run(self._encoder, {"fbank": fbank, "num_tokens": num_tokens}, "features", "cpu")
+        return np.asarray(found.numpy())
+
     def batch_seconds(self, window_seconds: float) -> float:
         """As `Backend.batch_seconds`."""
         return _GPU_BATCH_WINDOWS * window_seconds if self._device == "cuda" else super().batch_seconds(window_seconds)

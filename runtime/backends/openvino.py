@@ -55,6 +55,11 @@ class OpenVINOBackend(Backend):
             found = scores.copy(), mean_over_tokens(features, num_tokens(num_samples))
         return lambda: found
 
+    def features(self, fbank: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """As `Backend.features`."""
+        with self._turn:
+            return _run(self._encoder, {"fbank": fbank, "num_tokens": num_tokens}).copy()
+
     def _features_and_scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = num_tokens(num_samples)
         fbank = _run(self._frontend, {"waveform": waveform})

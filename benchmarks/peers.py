@@ -1,0 +1,268 @@
+"""aesanet beside what people score audio with today: the same work in the same run, in turns.
+
+In each round all contestants do the work once, in an order that moves on by one, so that a machine that slows down
+slows all of them. Each is a process of its own. Rounds that warm up are not counted, and neither is padding.
+"""
+
+import statistics
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import soundfile
+import torch
+
+from aesanet.benchmarks.audiobox import INSTALL, is_installed, open_audiobox
+from aesanet.benchmarks.contestants import Alone, Contestant, Part, Work, open_aesanet, open_pytorch
+from aesanet.benchmarks.latency import median_interval
+from aesanet.benchmarks.records import MACHINE, machine
+from aesanet.errors import BackendError, ClipError, InputError
+from aesanet.export.build import export_bundle
+from aesanet.export.compile import choose_flavour, compile_bundle
+from aesanet.export.engine import Settings
+from aesanet.export.profiles import default_profiles
+from aesanet.hashing import file_sha256
+from aesanet.lengths import SAMPLE_RATE
+from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
+from aesanet.models.config import AESANetConfig
+from aesanet.models.demo import samples
+from aesanet.models.untrained import untrained_model
+from aesanet.runtime.backends import supported_backends, tensorrt
+from aesanet.runtime.backends.base import Device
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.inputs import read_rows
+from aesanet.runtime.rows import Clip
+
+PEERS_COLUMNS: Final = (
+    *MACHINE,
+    *"part device threads checkpoint_sha256 contestant precision versions weights parameters_millions batch".split(),
+    *"clips audio_seconds rounds seconds_median seconds_low seconds_high".split(),
+    *"x_real_time x_audiobox x_pytorch max_abs_difference".split(),
+)
+AUDIOBOX, PYTORCH = "audiobox-aesthetics fp32", "pytorch eager fp32"
+"""What all others are held against: the one as its published weights are run, the other on the same network."""
+CLIP_SECONDS: Final = 10.0
+
+Notes = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare, and how often."""
+
+    part: Part
+    device: Device
+    threads: int
+    batch: int
+    clips: int
+    rounds: int
+    checkpoint: Path | None  # None: an untrained network of the public base size
+
+
+@dataclass
+class Seen:
+    """Of a contestant, in the rounds that count."""
+
+    seconds: list[float] = field(default_factory=list)
+    found: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[str, Any]]:
+    """A row of `PEERS_COLUMNS` for each contestant that runs here; `note` hears why others do not.
+
+    inputs : audio files and folders of them; without any, `plan.clips` clips of 10 s of the recordings that come
+             with aesanet
+
+    Raises InputError for inputs that some contestants could not read, and BackendError where nobody can run.
+    """
+    where = machine()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
+        folder = Path(name)
+        files = _whole_files(inputs) if inputs else list(write_clips(samples(), plan.clips, folder))
+        lengths = [_seconds(file) for file in files] if plan.part == "files" else [CLIP_SECONDS] * plan.batch
+        work = _prepare(plan, files, folder, note)
+        contestants = list(_contestants(plan, note))
+        entered = _enter(contestants, work, processes, note)
+        # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots.
+        warm_ups = 9 if plan.device == "cuda" else 2
+        seen = take_turns({told: alone.run for told, alone in entered.items()}, warm_ups, plan.rounds, note)
+        if not seen:
+            raise BackendError("no contestant could do the work")
+        where |= {
+            "part": plan.part,
+            "device": plan.device,
+            "threads": plan.threads,
+            "checkpoint_sha256": file_sha256(work.checkpoint)[:16],
+            "clips": len(lengths),
+            "audio_seconds": round(sum(lengths), 1),
+            "rounds": plan.rounds,
+        }
+    speeds = compare(seen, sum(lengths))
+    return [
+        where | {"contestant": one.name, "precision": one.precision} | asdict(entered[told].about) | speeds[told]
+        for one in contestants
+        if (told := str(one)) in seen
+    ]
+
+
+def _enter(contestants: Sequence[Contestant], work: Work, processes: ExitStack, note: Notes) -> dict[str, Alone]:
+    """All who can be opened, by name."""
+    entered: dict[str, Alone] = {}
+    for contestant in contestants:
+        note(f"opening {contestant}")
+        try:
+            alone = Alone(contestant, work)
+        except Exception as error:  # theirs may be anything
+            note(f"left out: {contestant}: {error}")
+            continue
+        processes.callback(alone.close)
+        entered[str(contestant)] = alone
+    return entered
+
+
+def take_turns(
+    entered: Mapping[str, Callable[[], tuple[float, np.ndarray]]], warm_ups: int, rounds: int, note: Notes
+) -> dict[str, Seen]:
+    """What is seen of all who last to the end; whoever fails, or finds what is not a number, is told of and left out.
+
+    entered : by name, what does the work once and says its seconds and what came of it
+    """
+    seen = {told: Seen() for told in entered}
+    for number in range(-warm_ups, rounds):
+        order = deque(seen)
+        order.rotate(-number)
+        for told in order:
+            try:
+                seconds, found = entered[told]()
+                if not np.isfinite(found).all():
+                    raise ArithmeticError("not all that it finds are numbers")
+            except Exception as error:  # theirs may be anything
+                note(f"left out: {told}: {error}")
+                del seen[told]
+                continue
+            if number >= 0:
+                seen[told].seconds.append(seconds)
+                seen[told].found = found
+        note(f"round {number + 1} of {rounds}" if number >= 0 else "warmed up" if number == -1 else "warming up")
+    return seen
+
+
+def compare(seen: Mapping[str, Seen], audio_seconds: float) -> dict[str, dict[str, Any]]:
+    """Of each: its median with an interval of 95 % (of 6 rounds or more), and how many times as fast it is as what."""
+    medians = {told: statistics.median(one.seconds) for told, one in seen.items()}
+
+    def times(told: str, other: str) -> float | str:
+        return round(medians[other] / medians[told], 3) if other in medians else ""
+
+    speeds: dict[str, dict[str, Any]] = {}
+    for told, one in seen.items():
+        low, high = median_interval(one.seconds)
+        difference: float | str = ""
+        if PYTORCH in seen and seen[PYTORCH].found.shape == one.found.shape and not told.startswith("audiobox"):
+            difference = f"{np.abs(one.found - seen[PYTORCH].found).max():.2e}"
+        speeds[told] = {
+            "seconds_median": round(medians[told], 4),
+            "seconds_low": round(low, 4),
+            "seconds_high": round(high, 4),
+            "x_real_time": round(audio_seconds / medians[told], 2),
+            "x_audiobox": times(told, AUDIOBOX),
+            "x_pytorch": times(told, PYTORCH),
+            "max_abs_difference": difference,
+        }
+    return speeds
+
+
+def write_clips(recordings: Sequence[Path], count: int, folder: Path) -> Iterator[str]:
+    """Files of 10 s, each with the format, rate and channels of one of the recordings, which take turns.
+
+    A short recording is repeated, a long one cut; each time that its turn comes, it starts a second later.
+    """
+    for number in range(count):
+        recording = recordings[number % len(recordings)]
+        with soundfile.SoundFile(recording) as file:
+            rate, audio = file.samplerate, file.read(always_2d=True)
+            later = np.roll(audio, -rate * (number // len(recordings)), axis=0)
+            path = folder / f"{number}{recording.suffix}"
+            clip = np.resize(later, (round(CLIP_SECONDS * rate), file.channels))
+            soundfile.write(path, clip, rate, format=file.format, subtype=file.subtype)
+        yield str(path)
+
+
+def _whole_files(inputs: Sequence[str]) -> list[str]:
+    """The files that inputs name; raises InputError for segments and members of tars, which scripts do not read."""
+    try:
+        clips = [row.clip() for row in read_rows(inputs)]
+    except ClipError as error:
+        raise InputError(str(error)) from None
+    if not clips:
+        raise InputError(f"{', '.join(inputs)}: no audio files")
+    for clip in clips:
+        if clip != Clip(clip.path):
+            raise InputError(f"{clip.path}: a row asks for a part of it; only whole files can be compared")
+    return [clip.path for clip in clips]
+
+
+def _seconds(file: str) -> float:
+    """As decoded, whatever the header says."""
+    try:
+        with soundfile.SoundFile(file) as opened:
+            return sum(len(block) for block in opened.blocks(2**20)) / float(opened.samplerate)
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{file}: {error.error_string} All contestants but aesanet read with libsndfile") from None
+
+
+def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Work:
+    """The checkpoint, its bundle with all that engines of the device need, and the same audio in memory."""
+    checkpoint, bundle = plan.checkpoint, folder / "bundle"
+    if checkpoint is None:
+        checkpoint = folder / "untrained-base.safetensors"
+        save_checkpoint(untrained_model(AESANetConfig(), seed=0), checkpoint)
+    on_gpu = plan.device == "cuda"
+    recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()] if on_gpu else []
+    export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
+    if on_gpu and tensorrt.support().runs:
+        compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
+    model = load_checkpoint(checkpoint)
+    clips = [np.concatenate(list(ClipReader(Clip(path)))) for path in files[: plan.batch]]
+    length = round(CLIP_SECONDS * SAMPLE_RATE)
+    waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(plan.batch)])
+    with torch.inference_mode():
+        fbank = model.frontend(torch.from_numpy(waveform)).numpy()
+    return Work(
+        part=plan.part,
+        device=plan.device,
+        threads=plan.threads,
+        batch=plan.batch,
+        checkpoint=checkpoint,
+        bundle=bundle,
+        folder=folder,
+        files=tuple(files),
+        waveform=waveform,
+        fbank=fbank,
+    )
+
+
+def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
+    """All who can do the work, as far as is known before they are opened."""
+    for backend, support in supported_backends().items():
+        for device, precision in support.runs:
+            if device == plan.device:
+                yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision))
+    reduced, dtype = ("fp16", torch.float16) if plan.device == "cuda" else ("bf16", torch.bfloat16)
+    for compiled in (False, True):
+        name = "pytorch compile" if compiled else "pytorch eager"
+        yield Contestant(name, "fp32", partial(open_pytorch, torch.float32, compiled))
+        yield Contestant(name, f"{reduced} autocast", partial(open_pytorch, dtype, compiled))
+    if plan.part != "files":
+        return  # its parts are not ours
+    if not is_installed():
+        note(f"left out: audiobox-aesthetics, which is not installed: {INSTALL}")
+        return
+    yield Contestant("audiobox-aesthetics", "fp32", partial(open_audiobox, "32"))
+    yield Contestant("audiobox-aesthetics", f"{reduced} autocast", partial(open_audiobox, reduced.removeprefix("fp")))
