@@ -128,6 +128,21 @@ def _backends(rows: Sequence[Row]) -> Table:
     return header, cells
 
 
+def _peers(rows: Sequence[Row]) -> Table:
+    cells = [
+        [
+            row["contestant"],
+            row["part"],
+            row["batch"],
+            f"{_number(row['seconds_median'])} for {_number(row['audio_seconds'])}",
+            *(_number(row[name]) if row[name] else "" for name in ("x_real_time", "x_pytorch", "x_audiobox")),
+        ]
+        for row in rows
+    ]
+    names = ["contestant", "part", "batch", "s for s of audio", "x real time", "x PyTorch", "x audiobox-aesthetics"]
+    return names, cells
+
+
 _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
     frozenset({"import_milliseconds", "open_milliseconds", "first_score_milliseconds"}): _cold,
     frozenset({"milliseconds_p50", "milliseconds_p99", "batch", "clip_seconds"}): _latency,
@@ -135,6 +150,7 @@ _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
     frozenset({"share_of_slower", "end_to_end_seconds"}): _end_to_end,
     frozenset({"case", "peak_memory_mib"}): _memory,
     frozenset({"milliseconds_median", "x_pytorch"}): _backends,
+    frozenset({"contestant", "x_audiobox"}): _peers,
 }
 
 
