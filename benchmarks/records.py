@@ -47,10 +47,8 @@ def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
 
 def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to a CSV, or begin it; raises InputError where it has other columns."""
+    begun = check_columns(path, columns)
     try:
-        begun = path.exists() and path.stat().st_size > 0
-        if begun and list(read_rows_of(path)[0]) != list(columns):
-            raise InputError(f"{path}: has other columns; give --out another name")
         with open(path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             if not begun:
@@ -58,6 +56,14 @@ def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
             writer.writerows(rows)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Has the CSV been begun? Raises InputError where it has other columns, best before minutes of measuring."""
+    begun = os.path.isfile(path) and os.path.getsize(path) > 0
+    if begun and list(read_rows_of(path)[0]) != list(columns):
+        raise InputError(f"{path}: has other columns; give --out another name")
+    return begun
 
 
 def read_rows_of(path: Path) -> list[dict[str, str]]:

@@ -239,9 +239,10 @@ def peers(inputs: tuple[str, ...], threads: int | None, out: Path, **plan: Any) 
     """
     with extra("bench"):
         from aesanet.benchmarks.peers import PEERS_COLUMNS, Plan, measure_peers
-        from aesanet.benchmarks.records import append_rows
+        from aesanet.benchmarks.records import append_rows, check_columns
     from aesanet.machine import usable_cores
 
+    check_columns(out, PEERS_COLUMNS)
     rows = measure_peers(inputs, Plan(threads=threads or usable_cores(), **plan), note)
     append_rows(out, PEERS_COLUMNS, rows)
     click.echo(

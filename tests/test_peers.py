@@ -249,6 +249,13 @@ def test_what_not_everybody_can_read_is_refused(name, text, told, tmp_path, caps
     assert told in capsys.readouterr().err
 
 
+def test_a_csv_of_something_else_is_refused_before_anything_is_timed(tmp_path, capsys):
+    out = tmp_path / "other.csv"
+    out.write_text("a,b\n1,2\n")
+    assert run("bench", "peers", tmp_path / "none.wav", "--out", out) == 2
+    assert "has other columns; give --out another name" in capsys.readouterr().err
+
+
 def test_a_note_says_how_to_install_who_is_absent(monkeypatch):
     monkeypatch.setattr(peers, "is_installed", lambda: False)
     told = []
