@@ -1,7 +1,7 @@
 """What all commands share: exit statuses, lines for people on stderr, and one answer to a missing extra."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -12,8 +12,9 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def note(message: str) -> None:
-    """A line for people, on stderr."""
-    click.echo(f"aesanet: {message}", err=True)
+    """A line for people, on stderr; where nobody reads that any more, the work goes on."""
+    with suppress(OSError):
+        click.echo(f"aesanet: {message}", err=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ _WORTH = {
 @click.option("--unordered", is_flag=True, help="Write rows as they are done, not in the order of the input.")
 @click.option(
     "--max-batch-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
     help="Of audio in a batch, padding included.  [default: what suits the engine]",
 )
 @click.option(
@@ -113,6 +113,7 @@ def score(
             note(line)
     run = {
         "the graphs": graphs_used(scorer.manifest, scorer.backend.precision),
+        "the windows": [scorer.manifest.window.window_seconds, scorer.manifest.window.hop_seconds],
         "the engine": [scorer.backend.name, scorer.backend.kind, threads],
         "--max-batch-seconds": settings.batch_seconds,
         "--channels": channels,
@@ -125,10 +126,14 @@ def score(
     rows = read_rows(inputs)
     with ExitStack() as stack:
         sink = stack.enter_context(closing(open_sink(out, layout, run)))
-        if not resume:
-            sink.begin()
-        elif sink.resume(rows, ordered=not unordered):
-            note(f"going on after {sink.tally.rows} rows that are done")
+        try:
+            if not resume:
+                sink.begin()
+            elif sink.resume(rows, ordered=not unordered):
+                done = f"{sink.tally.rows} rows that are done"
+                note(f"nothing to do: {done}" if sink.finished else f"going on after {done}")
+        except OSError as error:
+            raise InputError(f"{out or 'stdout'}: {error.strerror}") from None
         pipeline = scorer.pipeline(rows, settings, channels=channels)
         interrupted = stack.enter_context(_interrupts(pipeline.stop))
         watch = stack.enter_context(Watch(pipeline, sink.tally, total, settings.workers))
@@ -143,13 +148,13 @@ def score(
                 watch.tell()
             if not interrupted():
                 sink.finish()
-        except BrokenPipeError:
+        except OSError as error:
+            if out is not None or not isinstance(error, BrokenPipeError):
+                go_on = "; with room again, --resume goes on" if out is not None else ""
+                raise InputError(f"{out or 'stdout'}: {error.strerror} after {sink.tally.rows} rows{go_on}") from None
             # The reader of stdout has gone, as `head` does. Python would complain once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_ROWS_FAILED)
-        except OSError as error:
-            go_on = "; with room again, --resume goes on" if out is not None else ""
-            raise InputError(f"{out or 'stdout'}: {error.strerror} after {sink.tally.rows} rows{go_on}") from None
 
     tally = sink.tally
     note(f"{tally.rows - tally.failed} of {tally.rows} clips scored, {watch.speed()}")
@@ -188,13 +193,15 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     def press(signum: int, frame: FrameType | None) -> None:
         nonlocal pressed
         if pressed:
-            raise KeyboardInterrupt
+            os._exit(EXIT_INTERRUPTED)  # any instant is one to go on from, and locks may be held here
         pressed = True
         stop()
-        # Not by `note`, as the signal may have come in the middle of one.
-        os.write(2, b"aesanet: finishing the rows in hand; Ctrl-C once more stops at once\n")
+        with suppress(OSError):  # and not by `note`, as the signal may have come in the middle of one
+            os.write(2, b"aesanet: finishing the rows in hand; Ctrl-C once more stops at once\n")
 
-    before = signal.signal(signal.SIGINT, press)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+        signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed
     finally:

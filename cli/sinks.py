@@ -8,8 +8,9 @@ from typing import Any, Protocol, TextIO
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
-from aesanet.runtime.output import RowFile, Tally, state_of
-from aesanet.runtime.rows import Row, write_row
+from aesanet.runtime.output import RowFile, State, Tally, read_state
+from aesanet.runtime.results import LONG_KEYS
+from aesanet.runtime.rows import Row, row_line, write_row
 
 _NAME_WIDTH = 48
 _PARQUET = ".parquet"
@@ -19,6 +20,7 @@ class Sink(Protocol):
     """What takes the rows of a run."""
 
     tally: Tally
+    finished: bool
 
     def begin(self) -> None:
         """Start anew."""
@@ -43,7 +45,7 @@ class Stdout:
     """Rows for a pipe, or a table for people; there is nothing to go on with."""
 
     def __init__(self, table: bool) -> None:
-        self.tally = Tally()
+        self.tally, self.finished = Tally(), False
         self._write = _write_line if table else write_row
         self._table = table
 
@@ -77,45 +79,40 @@ class ParquetFile(RowFile):
     """JSON lines while the run goes on, which become a Parquet file at its end."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        self._parquet, self._finished = path, path.exists() and not state_of(rows_file(path)).exists()
-        super().__init__(rows_file(path), run)
+        from aesanet.runtime import parquet  # which may not be installed: now, and not after the night
 
-    def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
-        """As `RowFile.resume`; a Parquet file alone is what a finished run left."""
-        if not self._finished:
-            return super().resume(rows, ordered)
-        from aesanet.runtime.parquet import read_parquet
-        from aesanet.runtime.results import LONG_KEYS
-
-        for done in read_parquet(str(self._parquet), leave_out=LONG_KEYS):
-            self.tally.add({key: value for key, value in done.items() if value is not None})
-        asked = sum(1 for _ in rows)
-        if asked != self.tally.rows:
-            raise InputError(
-                f"{self._parquet}: is finished, with {self.tally.rows} rows, and the input has {asked}; "
-                "give --overwrite to start anew"
-            )
-        return True
-
-    def begin(self) -> None:
-        """As `RowFile.begin`."""
-        self._finished = False
-        super().begin()
+        self._parquet = parquet
+        super().__init__(path.with_name(path.name + ".partial.jsonl"), run, name=path)
 
     def finish(self) -> None:
         """As `RowFile.finish`."""
-        from aesanet.runtime.parquet import write_parquet
-
-        if not self._finished:
-            write_parquet(self.path, self._parquet)
+        if not self.finished:
+            self._parquet.write_parquet(self.path, self.name)
             super().finish()
-            self._finished = True
+            self.finished = True
 
     def close(self) -> None:
         """As `RowFile.close`."""
-        super().close()
-        if self._finished:
+        if self.finished:
             self.path.unlink(missing_ok=True)
+        super().close()
+
+    def _done(self, state: State) -> Iterator[Mapping[str, Any]]:
+        if not state.finished:
+            yield from super()._done(state)
+            return
+        if not self.name.exists():
+            raise InputError(f"{self.name}: was finished, and is gone; give --overwrite to start anew")
+        for row in self._parquet.read_parquet(str(self.name), leave_out=LONG_KEYS):
+            yield {key: value for key, value in row.items() if value is not None}
+
+    def _cut(self, num_bytes: int) -> None:
+        if not self.finished:
+            super()._cut(num_bytes)
+
+    def _comparable(self, row: Mapping[str, Any]) -> str:
+        """As `RowFile._comparable`; columns have types of their own, and what is null is not there."""
+        return row_line({key: str(row[key]) for key in ("path", "member", "line") if row.get(key) is not None})
 
 
 def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:
@@ -126,11 +123,6 @@ def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:
         return (ParquetFile if out.suffix == _PARQUET else RowFile)(out, run)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror}") from None
-
-
-def rows_file(out: Path) -> Path:
-    """The JSON lines of a run: the output itself, or what lies beside it until it becomes Parquet."""
-    return out.with_name(out.name + ".partial.jsonl") if out.suffix == _PARQUET else out
 
 
 def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str, ...]) -> None:
@@ -145,7 +137,8 @@ def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str
         raise InputError(f"{out}: is one of the inputs; give --out another name")
     if overwrite or resume:
         return
-    if state_of(rows_file(out)).exists():
+    state = read_state(out)
+    if state is not None and not state.finished:
         raise InputError(f"{out}: an unfinished run is there; give --resume to go on, or --overwrite to start anew")
     if out.exists():
         raise InputError(f"{out}: exists; give --overwrite to replace it, or another name")

@@ -30,6 +30,8 @@ def open_regular(path: str) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # not the file's fault
         raise _open_error(path, error) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,5 +1,6 @@
 """Rows that follow each other and are of one file are decoded together: once, however many segments they are."""
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ Blocks: TypeAlias = Iterator[tuple[int, np.ndarray | Heard | ClipError]]
 """As `decode` gives them: blocks of clips by index, and for each in the end what was heard, or why it cannot be."""
 
 _MOST_TOGETHER: Final = 1000
+_NO_MEMORY: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,15 @@ class Job(Generic[Given]):
     decode: Callable[[], Blocks]
 
 
-def file_jobs(rows: Iterable[Row | Mapping[str, Any]], channels: ChannelPolicy) -> Iterator[Job[Row]]:
-    """The rows' jobs, in order; a row that asks for no clip is one that fails."""
+def file_jobs(
+    rows: Iterable[Row | Mapping[str, Any]], channels: ChannelPolicy, window_seconds: float, most_seconds: float
+) -> Iterator[Job[Row]]:
+    """The rows' jobs, in order; a row that asks for no clip is one that fails.
+
+    most_seconds : of last windows, by what the rows ask for, in one job: all of them are held until their group ends
+    """
     together: list[tuple[Row, Clip]] = []
+    seconds = 0.0
 
     def job() -> Job[Row]:
         of_file, clips = zip(*together, strict=True)
@@ -47,22 +55,30 @@ def file_jobs(rows: Iterable[Row | Mapping[str, Any]], channels: ChannelPolicy) 
             continue
         if together:
             other = together[0][1]
-            if (clip.path, clip.member) != (other.path, other.member) or len(together) == _MOST_TOGETHER:
+            full = len(together) == _MOST_TOGETHER or seconds >= most_seconds
+            if (clip.path, clip.member) != (other.path, other.member) or full:
                 yield job()
+        if not together:
+            seconds = 0.0
         together.append((row, clip))
+        seconds += min(window_seconds, clip.asked_seconds)
     if together:
         yield job()
 
 
 def _decoded(clips: Sequence[Clip], channels: ChannelPolicy) -> Blocks:
-    """As `decode`; whatever a decoder may do on a file, the run goes on."""
+    """As `decode`; whatever a decoder may do on a file, the run goes on, unless it is the machine that has no more."""
     waiting = set(range(len(clips)))
     try:
         for index, found in decode(clips, channels):
             if not isinstance(found, np.ndarray):
                 waiting.discard(index)
             yield index, found
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_MEMORY:
+            raise
         for index in sorted(waiting):
             yield index, ClipError("undecodable", f"its decoder failed: {type(error).__name__}: {error}")
 

@@ -13,30 +13,33 @@ from typing import Final, Generic, TypeVar
 Task = TypeVar("Task")
 Item = TypeVar("Item")
 
-_TASKS_AHEAD: Final = 1024  # their results are bounded by weight, and they themselves are small
+_AHEAD: Final = 1024  # of tasks' sizes; what they make is bounded by weight
 
 
 class _Stream(Generic[Task, Item]):
     """One task and what it made so far."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task | None, size: int, failure: BaseException | None = None) -> None:
         self.task = task
+        self.size = size
         self.made: deque[tuple[Item, int]] = deque()
         self.weight = 0
-        self.ended = False
-        self.failure: BaseException | None = None
+        self.ended = failure is not None
+        self.failure = failure
 
 
 class LookAhead(Generic[Task, Item]):
     """Iterates over (task, item) for the items of all tasks, in order, each made by `work` in one of the threads.
 
-    tasks      : taken in the caller's thread, up to 1,024 ahead
+    tasks      : taken in the caller's thread, ahead as far as their sizes come to 1,024
+    size       : of a task
     work       : a task to its items, one after the other
     weight     : of an item, in any unit
     max_weight : of what may wait to be taken, beside one item a thread
     workers    : threads; with 0 the work is done where it is taken
 
-    What `work` raises is raised where its items would have come. `close` ends the threads after the item in hand.
+    What `work` raises is raised where its items would have come; what `tasks` raise, after the items of all before.
+    `close` ends the threads after the item in hand, and the iteration.
     """
 
     def __init__(
@@ -46,13 +49,14 @@ class LookAhead(Generic[Task, Item]):
         weight: Callable[[Item], int],
         max_weight: int,
         workers: int,
+        size: Callable[[Task], int] = lambda task: 1,
     ) -> None:
         self._tasks = iter(tasks)
-        self._work, self._weight, self._max_weight = work, weight, max_weight
+        self._work, self._size, self._weight, self._max_weight = work, size, weight, max_weight
         self._changed = threading.Condition()
         self._waiting: deque[_Stream[Task, Item]] = deque()  # for a thread
         self._streams: deque[_Stream[Task, Item]] = deque()  # all that are not wholly taken, in order
-        self._held = 0
+        self._held = self._ahead = 0  # weights of items, sizes of tasks
         self._closed = self._exhausted = self._stopped = False
         self.working_seconds = 0.0
         """Of all threads together, in `work`."""
@@ -79,11 +83,13 @@ class LookAhead(Generic[Task, Item]):
                 return
             stream = self._streams[0]
             while (item := self._take(stream)) is not None:
+                assert stream.task is not None
                 yield stream.task, item[0]
                 self._give_tasks()
             with self._changed:
                 self._streams.popleft()
-                self._changed.notify_all()  # the next one is first now
+                self._ahead -= stream.size
+                self._changed.notify_all()  # the next one is first now, and may go on
 
     def stop(self) -> None:
         """Take no more tasks, and leave out those that no thread has begun. May be called by a signal's handler."""
@@ -98,23 +104,30 @@ class LookAhead(Generic[Task, Item]):
             thread.join()
 
     def _give_tasks(self) -> None:
-        while not self._exhausted and len(self._streams) < _TASKS_AHEAD and self._held < self._max_weight:
+        while not self._exhausted and self._ahead < _AHEAD and self._held < self._max_weight:
+            stream: _Stream[Task, Item]
             try:
-                stream: _Stream[Task, Item] = _Stream(next(self._tasks))
+                task = next(self._tasks)
+                stream = _Stream(task, self._size(task))
             except StopIteration:
                 self._exhausted = True
                 return
+            except Exception as error:
+                self._exhausted = True
+                stream = _Stream(None, 0, error)
             with self._changed:
                 self._streams.append(stream)
-                self._waiting.append(stream)
-                self._changed.notify()
+                self._ahead += stream.size
+                if not stream.ended:
+                    self._waiting.append(stream)
+                self._changed.notify_all()  # threads wait for room, too: one alone might be the wrong one
 
     def _take(self, stream: _Stream[Task, Item]) -> tuple[Item, int] | None:
         """The next item of the first stream, or None at its end."""
         with self._changed:
             if not (stream.made or stream.ended):
                 began = time.perf_counter()
-                self._changed.wait_for(lambda: stream.made or stream.ended)
+                self._changed.wait_for(lambda: stream.made or stream.ended or self._closed)
                 self.waited_seconds += time.perf_counter() - began
             if stream.made:
                 item = stream.made.popleft()
@@ -132,10 +145,11 @@ class LookAhead(Generic[Task, Item]):
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                stream = self._waiting.popleft()
+                stream, left_out = self._waiting.popleft(), self._stopped
+                assert stream.task is not None
             began, blocked = time.perf_counter(), 0.0
             try:
-                for item in () if self._stopped else self._work(stream.task):
+                for item in () if left_out else self._work(stream.task):
                     blocked += self._put(stream, item)
                     if self._closed:
                         break

@@ -1,7 +1,8 @@
 """The file that a run writes, and how a run that was killed goes on: exactly where it can, from the same rows.
 
 Beside the rows lies a small state file: what the run is, and how far it was when its last group of rows was whole. On
-resuming, what was written after that is cut off and made again. The rows before it must be those of the input.
+resuming, what was written after that is cut off and made again. The rows before it must be those of the input. Once the
+run has come to its end the state stays, and says so: the same command once more has nothing to do, and another is told.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final
 import msgspec
 
 from aesanet.errors import InputError
+from aesanet.files import replacing
 from aesanet.runtime.rows import Row, own_keys, row_line
 
 try:
@@ -27,12 +29,13 @@ _FORMAT: Final = 1
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a run that may go on: `rows` rows in the first `bytes` bytes are whole, and nothing after depends on them."""
+    """Of a run: `rows` rows in the first `bytes` bytes are whole, and nothing after depends on them."""
 
     format: int
     run: dict[str, Any]
     rows: int
     bytes: int
+    finished: bool = False
 
 
 @dataclass
@@ -53,16 +56,20 @@ class Tally:
 class RowFile:
     """JSON lines, each written at once and whole but for a kill or a full disk; one run at a time.
 
-    path : of the rows; the state is beside it, as `path` + ".state"
+    path : of the rows
     run  : what the run is, as plain JSON values: a run goes on only where they are the same
+    name : of the output, where the rows are only on their way to it; the state lies beside this
 
     Raises InputError where another run is writing, and OSError.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        self.path, self.state_path = path, state_of(path)
+    def __init__(self, path: Path, run: Mapping[str, Any], name: Path | None = None) -> None:
+        self.path, self.name = path, name or path
         self.tally = Tally()
+        self.finished = False
+        """Had the run that is gone on with come to its end?"""
         self._run = json.loads(json.dumps(run))
+        self._new = not (path.exists() or self.name.exists())
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
         if fcntl is not None:
@@ -70,45 +77,42 @@ class RowFile:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._file.close()
-                raise InputError(f"{path}: another run is writing it") from None
+                raise InputError(f"{self.name}: another run is writing it") from None
             except OSError:  # a file system without locks
                 pass
 
     def begin(self) -> None:
         """Start anew: what was in the file is gone."""
+        self._write_state(State(_FORMAT, self._run, 0, 0))  # before the cut: a kill between is one to go on from
         self._cut(0)
-        self.mark()
 
     def resume(self, rows: Iterator[Row], ordered: bool) -> bool:
         """Go on where an earlier run stopped, if one did; `rows` is then after those that are done. Was there one?
 
         Raises InputError where the run, its file or its input is another than it was, and names what differs.
         """
-        state = self._state() if self._keeps_state else None
+        state = read_state(self.name) if self._keeps_state and not self._new else None
         if state is None:
-            if not self._keeps_state or self._file.tell() == 0:
-                self.begin()
-                return False
-            state = State(_FORMAT, self._run, _count_lines(self.path), self._file.tell())
-            complete = " It has no state beside it, and so can only be what a finished run wrote."
-        else:
-            complete = ""
+            if self._keeps_state and not self._new:
+                raise InputError(
+                    f"{self.name}: has no {state_of(self.name).name} beside it, which says what made it; "
+                    "give --overwrite to start anew"
+                )
+            self.begin()
+            return False
         for key in self._run.keys() | state.run.keys():
             before, now = state.run.get(key), self._run.get(key)
             if before != now:
                 raise InputError(
-                    f"{self.path}: was begun with {key} {json.dumps(before)}, and this is {json.dumps(now)}; "
+                    f"{self.name}: was begun with {key} {json.dumps(before)}, and this is {json.dumps(now)}; "
                     "run as before to go on, or give --overwrite to start anew"
                 )
-        if self._file.tell() < state.bytes:
+        self.finished = state.finished
+        self._compare(rows, state, ordered)
+        if self.finished and next(rows, None) is not None:
             raise InputError(
-                f"{self.path}: has {self._file.tell()} bytes; it had {state.bytes} when the run stopped; "
-                "give --overwrite to start anew"
-            )
-        self._compare(rows, state, ordered, complete)
-        if complete and next(rows, None) is not None:
-            raise InputError(
-                f"{self.path}: the input has more than its {state.rows} rows.{complete} Give --overwrite to start anew"
+                f"{self.name}: is finished with {state.rows} rows, and the input has more; score those on their own, "
+                "or give --overwrite to start anew"
             )
         self._cut(state.bytes)
         return True
@@ -122,80 +126,94 @@ class RowFile:
 
     def mark(self) -> None:
         """All rows so far are whole, and nothing that comes depends on them."""
-        if not self._keeps_state:
-            return
-        os.fsync(self._file)  # so that the state never tells of rows that a power cut took
-        state = State(_FORMAT, self._run, self.tally.rows, self._file.tell())
-        beside = self.state_path.with_name(self.state_path.name + ".new")
-        beside.write_bytes(msgspec.json.encode(state))
-        os.replace(beside, self.state_path)
+        if self._keeps_state:
+            os.fsync(self._file)  # so that the state never tells of rows that a power cut took
+            self._write_state(State(_FORMAT, self._run, self.tally.rows, self._file.tell()))
 
     def finish(self) -> None:
-        """The run has come to its end: nothing is to be gone on with."""
-        if self._keeps_state:
-            self.state_path.unlink(missing_ok=True)
+        """The run has come to its end."""
+        if self._keeps_state and not self.finished:
+            os.fsync(self._file)
+            self._write_state(State(_FORMAT, self._run, self.tally.rows, self._file.tell(), finished=True))
 
     def close(self) -> None:
         """Give the file back."""
         self._file.close()
+
+    def _done(self, state: State) -> Iterator[Mapping[str, Any]]:
+        """The rows that are whole; raises InputError."""
+        if self._file.tell() < state.bytes:
+            raise InputError(
+                f"{self.name}: has {self._file.tell()} bytes; it had {state.bytes} when the run stopped; "
+                "give --overwrite to start anew"
+            )
+        with open(self.path, "rb") as file:
+            for number in range(1, state.rows + 1):
+                try:
+                    yield msgspec.convert(json.loads(file.readline()), dict[str, Any])
+                except ValueError as error:
+                    raise InputError(
+                        f"{self.name}: row {number} is no row ({error}); give --overwrite to start anew"
+                    ) from None
 
     def _cut(self, num_bytes: int) -> None:
         if self._keeps_state and self._file.tell() != num_bytes:
             self._file.truncate(num_bytes)
             self._file.seek(num_bytes)
 
-    def _state(self) -> State | None:
-        try:
-            state = msgspec.json.decode(self.state_path.read_bytes(), type=State)
-        except FileNotFoundError:
-            return None
-        except msgspec.MsgspecError as error:
-            raise InputError(f"{self.state_path}: {error}; give --overwrite to start anew") from None
-        if state.format != _FORMAT:
-            raise InputError(f"{self.state_path}: of another version; give --overwrite to start anew")
-        return state
+    def _write_state(self, state: State) -> None:
+        if self._keeps_state:
+            with replacing(state_of(self.name)) as beside:
+                beside.write_bytes(msgspec.json.encode(state))
 
-    def _compare(self, rows: Iterator[Row], state: State, ordered: bool, complete: str) -> None:
+    def _compare(self, rows: Iterator[Row], state: State, ordered: bool) -> None:
         """See that the rows that are done are the input's first; counts them."""
         balance = 0
-        with open(self.path, "rb") as file:
-            for number in range(1, state.rows + 1):
-                try:
-                    self.tally.add(found := msgspec.convert(json.loads(file.readline()), dict[str, Any]))
-                except ValueError as error:
-                    raise InputError(
-                        f"{self.path}: row {number} is no row ({error}); give --overwrite to start anew"
-                    ) from None
-                row = next(rows, None)
-                if row is None:
-                    raise InputError(
-                        f"{self.path}: has {state.rows} rows, and the input only {number - 1}.{complete} Give the "
-                        "input as it was, or --overwrite to start anew"
-                    )
-                done, asked = row_line(own_keys(found)), row_line(own_keys(row.given))
-                if ordered and done != asked:
-                    raise InputError(
-                        f"{self.path}: row {number} is of {done.strip()}, and the input has {asked.strip()}.{complete} "
-                        "Give the input as it was, or --overwrite to start anew"
-                    )
-                balance += _digest(asked) - _digest(done)
+        for number, found in enumerate(self._done(state), start=1):
+            self.tally.add(found)
+            row = next(rows, None)
+            if row is None:
+                raise InputError(
+                    f"{self.name}: has {state.rows} rows, and the input only {number - 1}; give the input as it was, "
+                    "or --overwrite to start anew"
+                )
+            done, asked = self._comparable(found), self._comparable(row.given)
+            if ordered and done != asked:
+                raise InputError(
+                    f"{self.name}: row {number} is of {done.strip()}, and the input has {asked.strip()}; give the "
+                    "input as it was, or --overwrite to start anew"
+                )
+            balance += _digest(asked) - _digest(done)
         if balance:
             raise InputError(
-                f"{self.path}: its {state.rows} rows are not the first of the input.{complete} Give the input as it "
-                "was, or --overwrite to start anew"
+                f"{self.name}: its {state.rows} rows are not the first of the input; give the input as it was, or "
+                "--overwrite to start anew"
             )
 
+    def _comparable(self, row: Mapping[str, Any]) -> str:
+        """What of a row must be the same in the input and in the output."""
+        return row_line(own_keys(row))
 
-def state_of(path: Path) -> Path:
-    """Where the state of an unfinished run lies."""
-    return path.with_name(path.name + ".state")
+
+def read_state(name: Path) -> State | None:
+    """The state beside an output, or None where there is none; raises InputError where it is damaged."""
+    path = state_of(name)
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=State)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise InputError(f"{path}: {error}; give --overwrite to start anew") from None
+    if state.format != _FORMAT:
+        raise InputError(f"{path}: of another version; give --overwrite to start anew")
+    return state
+
+
+def state_of(name: Path) -> Path:
+    """Where the state of a run lies that writes a file of this name."""
+    return name.with_name(name.name + ".state")
 
 
 def _digest(line: str) -> int:
     """For rows whose order is not that of the input: sums of these are the same for the same rows."""
     return int.from_bytes(blake2b(line.encode(), digest_size=16).digest(), "little")
-
-
-def _count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)

@@ -88,9 +88,9 @@ class Spent:
     decoding: float = 0.0
     """Of all decoding threads together."""
     waiting: float = 0.0
-    """For decoded audio, with nothing for the engine to do."""
+    """Of the thread that drives the engine, for decoded audio."""
     engine: float = 0.0
-    """In the engine, or waiting for it."""
+    """Of that thread, in the engine or waiting for it."""
     audio: float = 0.0
     """Of windows that were scored."""
     padded: float = 0.0
@@ -114,7 +114,12 @@ class Pipeline(Generic[Row]):
         batch_samples = round(settings.batch_seconds * SAMPLE_RATE)
         self._planner: Planner[_Clip[Row]] = Planner(policy.window_samples, batch_samples)
         self.windows: LookAhead[Job[Row], tuple[int, np.ndarray | Heard | ClipError]] = LookAhead(
-            jobs, self._windows_of, _weight, max(batch_samples, 1) * GROUP_BATCHES, settings.workers
+            jobs,
+            self._windows_of,
+            _weight,
+            max(batch_samples, 1) * GROUP_BATCHES,
+            settings.workers,
+            lambda job: len(job.rows),
         )
         self._under_way: deque[_Batch[Row] | _Clip[Row] | GroupEnd] = deque()
         self._batches = 0  # of those
@@ -158,20 +163,25 @@ class Pipeline(Generic[Row]):
 
     def _windows_of(self, job: Job[Row]) -> Blocks:
         """A job's clips in windows instead of blocks; runs in the decoding threads."""
-        cutters = [WindowCutter(self._policy) for _ in job.rows]
-        empty = [True] * len(cutters)
+        cutters: dict[int, WindowCutter] = {}  # of the clips that are being heard
+        seen: set[int] = set()
         for index, found in job.decode():
+            if isinstance(found, np.ndarray):
+                if index not in cutters:
+                    cutters[index] = WindowCutter(self._policy)
+                windows = cutters[index].push(found)
+            else:
+                windows = cutters.pop(index).rest() if index in cutters else iter(())
             if isinstance(found, ClipError):
                 yield index, found
                 continue
-            cutter = cutters[index]
-            for window in cutter.rest() if isinstance(found, Heard) else cutter.push(found):
+            for window in windows:
                 # A last window without one patch of its own (0.175 s) cannot be seen by the network, and is left out.
                 if len(window) >= MIN_SAMPLES:
-                    empty[index] = False
+                    seen.add(index)
                     yield index, window
             if isinstance(found, Heard):
-                yield index, _too_short(found) if empty[index] else found
+                yield index, found if index in seen else _too_short(found)
 
     def _done(self) -> Iterator["_Clip[Row] | GroupEnd"]:
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
@@ -246,7 +256,7 @@ class Pipeline(Generic[Row]):
         if not isinstance(clip.found, Heard):
             assert clip.found is not None
             return clip.found
-        clip.windows.sort(key=lambda window: window[0])
+        clip.windows.sort(key=lambda window: window[0])  # batches need not be in the order of windows
         weights = np.array([num_samples for _, num_samples, _ in clip.windows], np.float64)
         scores = weights @ np.stack([scores for _, _, scores in clip.windows]) / weights.sum()
         embedding = clip.embedding / weights.sum() if self._settings.embeddings else None

@@ -59,6 +59,11 @@ class Clip:
     end_seconds: float | None = None
     member: str | None = None
 
+    @property
+    def asked_seconds(self) -> float:
+        """How long the clip is at most; infinite where the row does not say."""
+        return math.inf if self.end_seconds is None else self.end_seconds - (self.start_seconds or 0.0)
+
 
 def file_name(path: Any) -> str:
     """A path that the system can look up, as str; raises ClipError."""

@@ -1,5 +1,6 @@
 """Scores from a bundle and audio: the one object that users hold."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import Manifest, graph_file, read_manifest
-from aesanet.errors import ClipError
+from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
+from aesanet.runtime.batching import GROUP_BATCHES
 from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
 from aesanet.runtime.jobs import Blocks, Job, failed_job, file_jobs
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
@@ -125,8 +127,10 @@ class Scorer:
         ordered: bool = True,
         embeddings: bool = False,
     ) -> Settings:
-        """How a pipeline runs on this engine where nothing else is said."""
+        """How a pipeline runs on this engine where nothing else is said; raises InputError."""
         window_seconds = self.manifest.window.window_seconds
+        if max_batch_seconds is not None and not 0 < max_batch_seconds < math.inf:
+            raise InputError(f"max_batch_seconds is {max_batch_seconds}; it must be a positive number of seconds")
         return Settings(
             workers=min(usable_cores(), _MOST_WORKERS) if workers is None else workers,
             batch_seconds=max_batch_seconds or self.backend.batch_seconds(window_seconds),
@@ -138,7 +142,9 @@ class Scorer:
         self, rows: Iterable[Row | Mapping[str, Any]], settings: Settings, *, channels: ChannelPolicy = "mean"
     ) -> Pipeline[Row]:
         """A run over rows, for those who want to know where groups end and where the time goes."""
-        return Pipeline(file_jobs(rows, channels), self.backend, self.manifest.window, settings)
+        window = self.manifest.window
+        jobs = file_jobs(rows, channels, window.window_seconds, GROUP_BATCHES * settings.batch_seconds)
+        return Pipeline(jobs, self.backend, window, settings)
 
     def _scored(self, audio: Iterable[Audio], workers: int) -> Iterator[ClipScores | ClipError]:
         settings = self.settings(workers)

@@ -115,3 +115,78 @@ def test_time_is_told_by_who_spent_it():
     ahead.close()
     assert ahead.working_seconds >= 0.2
     assert ahead.waited_seconds > 0
+
+
+def test_whoever_becomes_first_may_go_on_though_there_is_no_room():
+    full, trying = threading.Event(), threading.Event()
+
+    def work(task):
+        if task == 0:
+            yield "a"
+        if task == 1:
+            full.wait()
+            trying.set()
+            yield "b"  # no room, and not the first
+        if task == 2:
+            yield from "cccc"
+            full.set()
+
+    ahead = LookAhead(range(3), work, lambda item: 1, 4, 3)
+    items = iter(ahead)
+    next(items)
+    trying.wait()
+    time.sleep(0.1)
+    assert [item for _, item in items] == ["b", *"cccc"]
+    ahead.close()
+
+
+def test_tasks_are_taken_ahead_by_their_sizes_and_no_more_than_fit():
+    taken = []
+
+    def tasks():
+        for task in range(10_000):
+            taken.append(task)
+            yield task
+
+    ahead = LookAhead(tasks(), lambda task: iter([task]), lambda item: 0, 1, 2, size=lambda task: 100)
+    next(iter(ahead))
+    assert len(taken) <= 12
+    ahead.close()
+    taken.clear()
+    ahead = LookAhead(tasks(), lambda task: iter([task]), lambda item: 1, 8, 2)
+    items = iter(ahead)
+    next(items)
+    time.sleep(0.1)
+    next(items)
+    count = len(taken)
+    time.sleep(0.05)
+    next(items)
+    assert len(taken) <= count + 2  # what waits is enough, and so nothing more is taken than was given away
+    ahead.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tasks_that_fail_do_so_after_what_came_before(workers):
+    def tasks():
+        yield from range(3)
+        raise LookupError("the fourth")
+
+    ahead = LookAhead(tasks(), lambda task: iter([task]), lambda item: 1, 100, workers)
+    taken = []
+
+    def take():
+        for _, item in ahead:
+            taken.append(item)
+
+    with pytest.raises(LookupError, match="the fourth"):
+        take()
+    assert taken == [0, 1, 2]
+    ahead.close()
+
+
+def test_the_iteration_ends_when_it_is_closed():
+    ahead = LookAhead(range(100), lambda task: iter([task] * 9), lambda item: 1, 5, 2)
+    items = iter(ahead)
+    next(items)
+    ahead.close()
+    assert len(list(items)) < 900

@@ -25,8 +25,8 @@ def out_row(number):
     return {**ROWS[number].given, "CE": 1 + number / 7, "seconds": 1.5, "truncated": False}
 
 
-def write(path, numbers, first=0, run=RUN, resume=False, given=ROWS, ordered=True):
-    """A run that writes the rows from `first` on, marking every fifth; what it counted."""
+def write(path, numbers, run=RUN, resume=False, given=ROWS, ordered=True):
+    """A run that writes rows, marking every fifth; what it counted."""
     file = RowFile(path, run)
     try:
         rest = iter(given)
@@ -48,7 +48,9 @@ def write(path, numbers, first=0, run=RUN, resume=False, given=ROWS, ordered=Tru
 
 
 def finish(path):
+    """A run that comes to its end with nothing more to write."""
     file = RowFile(path, RUN)
+    assert file.resume(iter(ROWS), ordered=True)
     file.finish()
     file.close()
 
@@ -88,7 +90,7 @@ def test_nothing_there_is_begun_and_a_finished_run_is_left_alone(tmp_path, whole
     write(path, list(range(30)), resume=True)
     assert path.read_bytes() == whole
     finish(path)
-    assert os.listdir(tmp_path) == ["rows.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "rows.jsonl.state"]
     tally = write(path, list(range(30)), resume=True)
     assert path.read_bytes() == whole
     assert tally.rows == 30
@@ -110,16 +112,19 @@ def test_another_input_is_refused_and_named(tmp_path, finished):
         with pytest.raises(InputError, match=told):
             write(path, range(30), resume=True, given=given_rows)
     if finished:
-        with pytest.raises(InputError, match="the input has more than its 30 rows"):
+        with pytest.raises(InputError, match="is finished with 30 rows, and the input has more"):
             write(path, range(30), resume=True, given=[*ROWS, Row({"path": "new.wav"})])
     assert path.read_bytes() == before
     with pytest.raises(InputError, match="are not the first of the input"):
         write(path, range(30), resume=True, given=changed, ordered=False)
 
 
-def test_another_run_is_refused_and_named(tmp_path):
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_run_is_refused_and_named(tmp_path, finished):
     path = tmp_path / "rows.jsonl"
-    write(path, range(12))
+    write(path, range(30 if finished else 12))
+    if finished:
+        finish(path)
     with pytest.raises(InputError, match='begun with --channels "mean", and this is "left"'):
         write(path, range(30), run={**RUN, "--channels": "left"}, resume=True)
     with pytest.raises(InputError, match='with the engine \\["known", 1\\], and this is \\["known", 2\\]'):
@@ -142,6 +147,35 @@ def test_what_was_damaged_is_refused(tmp_path, damage):
         path.write_bytes(path.read_bytes().replace(b'"id": 2', b'"id" 2}'))
     with pytest.raises(InputError, match="--overwrite to start anew"):
         write(path, range(30), resume=True)
+
+
+def test_rows_whose_run_is_not_known_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, range(30))
+    state_of(path).unlink()
+    with pytest.raises(InputError, match=r"has no rows\.jsonl\.state beside it"):
+        write(path, range(30), resume=True)
+
+
+def test_an_output_that_was_taken_away_is_made_again(tmp_path, whole):
+    path = tmp_path / "rows.jsonl"
+    write(path, list(range(30)))
+    finish(path)
+    path.unlink()
+    write(path, list(range(30)), resume=True)
+    assert path.read_bytes() == whole
+
+
+def test_beginning_anew_can_be_killed_at_any_step(tmp_path, whole, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    write(path, list(range(30)))
+    file = RowFile(path, RUN)
+    monkeypatch.setattr(file, "_cut", lambda num_bytes: 1 / 0)  # the kill
+    with pytest.raises(ZeroDivisionError):
+        file.begin()
+    file.close()
+    write(path, list(range(30)), resume=True)
+    assert path.read_bytes() == whole
 
 
 def test_one_run_at_a_time(tmp_path):

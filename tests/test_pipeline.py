@@ -1,5 +1,6 @@
 """Rows through the whole pipeline, with an engine whose scores are known beforehand."""
 
+import weakref
 from functools import partial
 
 import numpy as np
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
+from aesanet.runtime import pipeline as pipeline_module
 from aesanet.runtime.backends.base import Backend
 from aesanet.runtime.decode import Heard
 from aesanet.runtime.jobs import Job
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
+from aesanet.runtime.windows import WindowCutter
 
 POLICY = WindowPolicy(window_seconds=0.5, hop_seconds=0.375)
 
@@ -220,3 +223,35 @@ def test_memory_is_bounded_by_the_batch_and_not_by_a_long_clip():
     assert end == GroupEnd(1)
     assert len(outcome.windows) == 9_600
     assert 0 < max(held) <= 16 * 1.0 * 1.25 + 0.5  # seconds: a group's, the first one's share, one in hand
+
+
+def test_segments_of_one_file_hold_no_more_than_they_need():
+    """A window's memory is taken by what is being heard, not by all rows of the file."""
+    started = []
+
+    def one_after_the_other():
+        for index in range(500):
+            yield index, np.zeros(3_000, np.float32)
+            yield index, Heard(0.2, None, SAMPLE_RATE, 1, None)
+
+    class Watched(WindowCutter):
+        def __init__(self, policy):
+            super().__init__(policy)
+            started.append(weakref.ref(self))
+
+        def push(self, block):
+            assert sum(cutter() is not None for cutter in started) <= 3
+            return super().push(block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_module, "WindowCutter", Watched)
+        found = list(Pipeline([Job(range(500), one_after_the_other)], Known(), POLICY, Settings(0, 1.0)).run())
+    assert len(started) == 500
+    assert found[-1] == GroupEnd(500)
+
+
+def test_rows_of_jobs_are_counted_one_by_one():
+    """4,096 rows end a group, in however few jobs they come."""
+    files = [[(0, True)] * 1_024] * 8
+    found, _ = run(files)
+    assert [f.rows for f in found if isinstance(f, GroupEnd)] == [4_096, 8_192]

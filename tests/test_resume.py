@@ -15,9 +15,11 @@ import pytest
 import soundfile
 from conftest import RECORDINGS
 
-from aesanet.cli.sinks import rows_file
+from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.output import state_of
+from aesanet.runtime.pipeline import GroupEnd
 from aesanet.runtime.results import read_results
+from aesanet.runtime.scorer import Scorer
 
 COMMAND = [sys.executable, "-c", "from aesanet.cli.main import main; main()"]
 BATCHES = ("--max-batch-seconds", "4", "--workers", "2")  # small ones, so that a short run has many groups
@@ -48,6 +50,10 @@ def manifest(tmp_path_factory):
 def command(bundle, manifest, out, *options):
     engine = ("--backend", "onnxruntime", "--device", "cpu", "--threads", "1")
     return [*COMMAND, "score", str(bundle), str(manifest), "--out", str(out), *BATCHES, *engine, *options]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def finished(bundle, manifest, out, *options):
@@ -122,11 +128,11 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(
             assert status == 1
             assert out.read_bytes() == whole
             ended += 1
-            out.unlink()
+            out.unlink()  # and so the next one begins anew
     assert forked.run(arguments("rows.jsonl", "--resume"), kill_after=300) == 1
     forked.close()
     assert out.read_bytes() == whole
-    assert not state_of(out).exists()
+    assert json.loads(state_of(out).read_bytes())["finished"]
     assert len(kept) > 3  # it was killed in many places, and went on from them
     told = f"{killed} times, {len(kept)} different groups, {ended} whole runs between"
     measured[f"kill -9 {' '.join(options)}"] = told
@@ -146,8 +152,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_bundle, manifest, tm
     assert f"interrupted after {len(rows)} rows of {len(manifest.read_text().splitlines())}" in err
     assert "--resume" in err
     assert all(json.loads(row) for row in rows)
-    before = json.loads(state_of(out).read_bytes())["rows"]
-    assert f"going on after {before} rows" in finished(tiny_bundle, manifest, out, "--resume")
+    state = json.loads(state_of(out).read_bytes())
+    assert not state["finished"]
+    scorer = Scorer.open(tiny_bundle, "cpu", backend="onnxruntime")
+    run = scorer.pipeline(read_rows([str(manifest)]), scorer.settings(2, 4.0)).run()
+    assert state["rows"] in {0, *(found.rows for found in run if isinstance(found, GroupEnd))}
+    assert f"going on after {state['rows']} rows" in finished(tiny_bundle, manifest, out, "--resume")
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -155,7 +165,13 @@ def test_a_finished_file_is_left_as_it_is(tiny_bundle, manifest, tmp_path):
     out = tmp_path / "rows.jsonl"
     finished(tiny_bundle, manifest, out)
     before = out.read_bytes(), os.stat(out).st_mtime_ns
-    assert "going on after" in finished(tiny_bundle, manifest, out, "--resume")
+    assert "nothing to do: " in finished(tiny_bundle, manifest, out, "--resume")
+    assert (out.read_bytes(), os.stat(out).st_mtime_ns) == before
+    done = subprocess.run(
+        command(tiny_bundle, manifest, out, "--resume", "--per-window"), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "begun with --per-window false, and this is true" in done.stderr
     assert (out.read_bytes(), os.stat(out).st_mtime_ns) == before
 
 
@@ -183,6 +199,31 @@ def test_another_run_does_not_go_on(tiny_bundle, manifest, tmp_path, options, to
     done = subprocess.run(command(tiny_bundle, manifest, out), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "an unfinished run is there; give --resume to go on, or --overwrite" in done.stderr
+
+
+def test_an_interrupt_counts_though_nobody_reads_what_is_said(tiny_bundle, manifest, tmp_path):
+    """As in `aesanet ... 2>&1 | tee log`, where Ctrl-C ends tee too."""
+    out = tmp_path / "rows.jsonl"
+    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.PIPE)
+    while not (out.exists() and out.stat().st_size):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.stderr.close()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    before = len(out.read_bytes().splitlines())
+    assert before
+    assert all(json.loads(row) for row in out.read_bytes().splitlines())
+
+
+def test_a_disk_that_is_full_from_the_start(tiny_bundle, manifest, tmp_path):
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    arguments = command(tiny_bundle, manifest, tmp_path / "rows.jsonl")[len(COMMAND) :]
+    done = subprocess.run([sys.executable, "-c", limit + COMMAND[-1], *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "rows.jsonl: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(tiny_bundle, manifest, tmp_path):
@@ -213,25 +254,26 @@ def test_no_order_gives_the_same_rows(tiny_bundle, manifest, tmp_path):
 def test_parquet_is_resumed_through_its_lines_and_left_alone_when_finished(tiny_bundle, manifest, tmp_path):
     finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
     out = tmp_path / "rows.parquet"
+    left = ["rows.parquet", "rows.parquet.state", "whole.jsonl", "whole.jsonl.state"]
     running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
-    lines = rows_file(out)
+    lines = tmp_path / "rows.parquet.partial.jsonl"
     while not (lines.exists() and lines.stat().st_size):
         time.sleep(0.01)
     running.kill()
     running.wait()
     assert not out.exists()
     finished(tiny_bundle, manifest, out, "--resume")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
+    assert names(tmp_path) == left
     found = [row.row for row in read_results([str(out)])]
     for row, line in zip(found, (tmp_path / "whole.jsonl").read_text().splitlines(), strict=True):
         assert row == json.loads(line)
     before = out.read_bytes()
-    assert "going on after" in finished(tiny_bundle, manifest, out, "--resume")
+    assert "nothing to do: " in finished(tiny_bundle, manifest, out, "--resume")
     assert out.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
+    assert names(tmp_path) == left
     done = subprocess.run(
         [*command(tiny_bundle, manifest, out, "--resume"), RECORDINGS[0]], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "is finished, with" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.parquet", "whole.jsonl"]
+    assert "is finished with" in done.stderr
+    assert names(tmp_path) == left
