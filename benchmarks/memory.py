@@ -71,7 +71,7 @@ def _run(bundle: Path, source: Path, engine: Sequence[str]) -> tuple[float, int]
         out = ("--out", str(Path(folder) / "rows.jsonl"))
         began = time.perf_counter()
         command = [*_COMMAND, str(bundle), str(source), *out, *engine]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{source}: {done.stderr.strip()}")
         return time.perf_counter() - began, round(int(done.stdout) / 1024)
