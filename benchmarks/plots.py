@@ -10,18 +10,16 @@ from aesanet.benchmarks.records import read_rows_of
 from aesanet.errors import InputError
 
 _COLOURS: Final = ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0", "#8a8a00", "#a03060")
-_NAMES: Final = ("contestant", "engine")
 
 
 def plot_speeds(path: Path, out: Path) -> None:
     """A CSV with `x_real_time` as bars, one colour a shape of batch, into an SVG; raises InputError for another CSV."""
     rows = read_rows_of(path)
-    name = next((name for name in _NAMES if name in rows[0]), None)
-    if name is None or "x_real_time" not in rows[0]:
+    if "x_real_time" not in rows[0] or not {"engine", "contestant"} & rows[0].keys():
         raise InputError(f"{path}: its columns are {', '.join(rows[0])}; a plot needs x_real_time of engines")
     shapes = dict.fromkeys(_shape(row) for row in rows)
-    engines = dict.fromkeys(row[name] for row in rows)
-    speeds = {(row[name], _shape(row)): float(row["x_real_time"]) for row in rows}  # the last of each counts
+    engines = dict.fromkeys(map(_name, rows))
+    speeds = {(_name(row), _shape(row)): float(row["x_real_time"]) for row in rows}  # the last of each counts
 
     height = 0.8 / len(shapes)
     figure = Figure(figsize=(8, 0.7 + len(engines) * (0.25 + 0.22 * len(shapes))), layout="constrained")
@@ -45,9 +43,15 @@ def plot_speeds(path: Path, out: Path) -> None:
         raise InputError(f"{out}: {error.strerror}") from None
 
 
+def _name(row: dict[str, str]) -> str:
+    return row.get("engine") or f"{row['contestant']} {row['precision']}"
+
+
 def _shape(row: dict[str, str]) -> str:
     """Of a row's batches, in words."""
     if not row.get("batch"):
         return ""
+    if row.get("part"):
+        return f"{row['part']}, batch {row['batch']}"
     of_seconds = f" of {float(row['clip_seconds']):g} s" if row.get("clip_seconds") else ""
     return f"{row['batch']} clip{'' if row['batch'] == '1' else 's'}{of_seconds}"

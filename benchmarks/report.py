@@ -131,7 +131,7 @@ def _backends(rows: Sequence[Row]) -> Table:
 def _peers(rows: Sequence[Row]) -> Table:
     cells = [
         [
-            row["contestant"],
+            f"{row['contestant']} {row['precision']}",
             row["part"],
             row["batch"],
             f"{_number(row['seconds_median'])} for {_number(row['audio_seconds'])}",

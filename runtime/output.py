@@ -69,7 +69,6 @@ class RowFile:
         self.finished = False
         """Had the run that is gone on with come to its end?"""
         self._run = json.loads(json.dumps(run))
-        self._new = not (path.exists() or self.name.exists())
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
         if fcntl is not None:
@@ -91,15 +90,15 @@ class RowFile:
 
         Raises InputError where the run, its file or its input is another than it was, and names what differs.
         """
-        state = read_state(self.name) if self._keeps_state and not self._new else None
-        if state is None:
-            if self._keeps_state and not self._new:
-                raise InputError(
-                    f"{self.name}: has no {state_of(self.name).name} beside it, which says what made it; "
-                    "give --overwrite to start anew"
-                )
+        # An empty file may be all that a run had come to, whatever state lies there of one before it.
+        if not self._keeps_state or (self._file.tell() == 0 and (self.path == self.name or not self.name.exists())):
             self.begin()
             return False
+        if (state := read_state(self.name)) is None:
+            raise InputError(
+                f"{self.name}: has no {state_of(self.name).name} beside it, which says what made it; "
+                "give --overwrite to start anew"
+            )
         for key in self._run.keys() | state.run.keys():
             before, now = state.run.get(key), self._run.get(key)
             if before != now:

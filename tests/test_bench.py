@@ -8,11 +8,13 @@ import sys
 import msgspec
 import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aesanet.benchmarks import memory
 from aesanet.benchmarks.latency import (
     COLD_COLUMNS,
     LATENCY_COLUMNS,
@@ -425,3 +427,41 @@ def test_what_is_no_file_of_bench(tmp_path, capsys):
     assert run("bench", "report", "--update", tmp_path / "d.md") == 2
     assert "none.csv: No such file" in capsys.readouterr().err
     assert run("bench", "report") == 2
+
+
+def test_files_to_rows_beside_both_halves_alone(tiny_bundle, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "audio").mkdir()
+    for number, seconds in enumerate((0.5, 1.0, 4.0, 9.5)):
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", rng.normal(0, 0.1, round(16_000 * seconds)), 16_000)
+    (tmp_path / "audio" / "broken.mp3").write_text("no audio")
+    out = tmp_path / "end-to-end.csv"
+    options = ("--rounds", 3, "--workers", 2, "--max-batch-seconds", 8, "--out", out)
+    assert run("bench", "end-to-end", tiny_bundle, tmp_path / "audio", *options) == 0
+    assert "5 clips, 15.0 s of audio: decoding alone" in capsys.readouterr().out
+    with open(out, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["clips"], row["failed"], row["audio_seconds"], row["workers"]) == ("5", "1", "15.0", "2")
+    # Windows of 4 s every 3 s: 4, 4, 4, 3.5 and 4, 1, .5; two full ones a batch.
+    assert int(row["batches"]) == 4
+    decoding, engine, whole = (float(row[f"{part}_seconds"]) for part in ("decoding", "engine", "end_to_end"))
+    assert float(row["share_of_slower"]) == pytest.approx(max(decoding, engine) / whole, rel=0.05)
+    assert float(row["x_real_time"]) == pytest.approx(15 / whole, rel=0.05)
+    shares = [float(row[f"{part}_share"]) for part in ("engine", "waiting", "decoders")]
+    assert all(0 <= share <= 1 for share in shares)
+    assert run("bench", "end-to-end", tiny_bundle, tmp_path / "audio" / "broken.mp3", "--out", out) == 2
+    assert "no row can be scored" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_of_a_run_is_its_own(tiny_bundle, tmp_path, monkeypatch):
+    out = tmp_path / "memory.csv"
+    ballast = np.ones(60_000_000)  # 480 MB, which a child does not have
+    arguments = ["memory", str(tiny_bundle), "--rows", "40", "--hours", "0.003", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", arguments)
+    memory.main()
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["rows"]) for row in rows] == [1, 1, 1, 1, 40, 2]
+    assert all(50 < int(row["peak_memory_mib"]) < ballast.nbytes / 2**20 for row in rows)
+    assert rows[0]["above_one_clip_mib"] == "0"

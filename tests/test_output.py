@@ -157,6 +157,17 @@ def test_rows_whose_run_is_not_known_are_refused(tmp_path):
         write(path, range(30), resume=True)
 
 
+@pytest.mark.parametrize("state", [True, False])
+def test_a_run_killed_as_soon_as_it_had_its_file_is_begun(tmp_path, whole, state):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path, RUN)
+    if state:
+        file.begin()
+    file.close()
+    write(path, list(range(30)), resume=True)
+    assert path.read_bytes() == whole
+
+
 def test_an_output_that_was_taken_away_is_made_again(tmp_path, whole):
     path = tmp_path / "rows.jsonl"
     write(path, list(range(30)))

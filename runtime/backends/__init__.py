@@ -16,7 +16,7 @@ _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
     "tensorrt": (tensorrt.open_tensorrt, tensorrt.support),
 }
 
-# Fastest first: on CPUs by benchmarks/results/backends.csv, and a GPU before any CPU.
+# Fastest first: on CPUs by benchmarks/results/peers.csv, and a GPU before any CPU.
 _FASTEST_FIRST: tuple[tuple[BackendName, Device, Precision, str], ...] = (
     ("tensorrt", "cuda", "fp16", "the bundle has an engine for this GPU"),
     ("onnxruntime", "cuda", "fp16", "a CUDA GPU is here, and the bundle has FP16 graphs"),
