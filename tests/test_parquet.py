@@ -263,7 +263,7 @@ def test_from_a_manifest_to_scores_to_a_page_to_a_manifest_that_is_scored(tiny_b
     pq.write_table(pa.table({"path": paths, "end_time": ends, "tags": [["a"], [], None]}), manifest)
     assert aesanet("score", tiny_bundle, manifest, "--per-window", "--embeddings", "--out", scores) == 1
     assert aesanet("score", tiny_bundle, manifest, "--per-window", "--embeddings", "--out", lines) == 1
-    assert sorted(os.listdir(tmp_path)) == ["m.parquet", "s.jsonl", "s.parquet"]
+    assert sorted(os.listdir(tmp_path)) == ["m.parquet", "s.jsonl", "s.jsonl.state", "s.parquet", "s.parquet.state"]
     expected = [json.loads(line) for line in lines.read_text().splitlines()]
     found = [{key: value for key, value in row.items() if value is not None} for row in read_parquet(str(scores))]
     for row, other in zip(found, expected, strict=True):

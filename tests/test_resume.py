@@ -187,7 +187,7 @@ def test_a_finished_file_is_left_as_it_is(tiny_bundle, manifest, tmp_path):
 def test_another_run_does_not_go_on(tiny_bundle, manifest, tmp_path, options, told):
     out = tmp_path / "rows.jsonl"
     running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
-    while not state_of(out).exists():
+    while not (out.exists() and out.stat().st_size):
         time.sleep(0.01)
     running.kill()
     running.wait()
