@@ -48,16 +48,14 @@ class _Recorder(Backend):
         return self.engine.scores(waveform, num_samples)
 
 
-def measure_end_to_end(
-    scorer: Scorer, rows: Sequence[Row], settings: Settings, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
+def measure_end_to_end(scorer: Scorer, rows: Sequence[Row], settings: Settings, rounds: int) -> dict[str, Any]:
     """Medians over rounds, of one engine on one set of rows; a first round, which also warms up, is not counted.
 
     All audio of the rows is held in memory, 64 kB a second. Raises InputError where no row can be scored.
     """
     recorder = _Recorder(scorer.backend)
-    found = list(Scorer(scorer.manifest, recorder).pipeline(rows, settings).run())
-    outcomes = [one[1] for one in found if not isinstance(one, GroupEnd)]
+    first = Scorer(scorer.manifest, recorder).pipeline(rows, settings)
+    outcomes = [found[1] for found in first.run() if not isinstance(found, GroupEnd)]
     scored = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
     if not scored:
         raise InputError("no row can be scored")
@@ -74,13 +72,12 @@ def measure_end_to_end(
             order = deque(parts)
             order.rotate(number)
             for name in order:
-                began = clock()
+                began = time.perf_counter()
                 parts[name]()
-                halves[name].append(clock() - began)
+                halves[name].append(time.perf_counter() - began)
 
     decoding, engine, whole = (statistics.median(halves[name]) for name in ("decoding", "engine", "end_to_end"))
     audio = sum(outcome.heard.seconds for outcome in scored)
-    useful = sum(int(num_samples.sum()) for _, num_samples in recorder.batches)
     shares = {name: statistics.median(one[name] for one in spent) for name in spent[0]}
     return {
         "files": len({str(row.given.get("path")) for row in rows}),
@@ -89,8 +86,8 @@ def measure_end_to_end(
         "audio_seconds": round(audio, 1),
         "workers": settings.workers,
         "batch_seconds": settings.batch_seconds,
-        "batches": len(recorder.batches),
-        "padding": round(1 - useful / sum(waveform.size for waveform, _ in recorder.batches), 4),
+        "batches": first.spent.batches,
+        "padding": round(first.spent.padding, 4),
         "rounds": rounds,
         "decoding_seconds": round(decoding, 3),
         "engine_seconds": round(engine, 3),

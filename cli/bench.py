@@ -66,9 +66,10 @@ def latency(
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
         from aesanet.benchmarks.latency import LATENCY_COLUMNS, latency_row, measure_latency
-        from aesanet.benchmarks.records import append_rows, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, provenance
     from aesanet.runtime.scorer import Scorer
 
+    check_columns(out, LATENCY_COLUMNS)
     cells = _cells(batches, seconds)
     scorer = _without_cuda_graphs(bundle, **engine) if no_cuda_graphs else Scorer.open(bundle, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
@@ -118,11 +119,12 @@ def throughput(
 ) -> None:
     """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU)."""
     with extra("bench"):
-        from aesanet.benchmarks.records import append_rows, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, provenance
         from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, throughput_rows
     from aesanet.machine import gpu_memory_mib, usable_cores
     from aesanet.runtime.scorer import Scorer
 
+    check_columns(out, THROUGHPUT_COLUMNS)
     cells = _cells(batches, seconds)
     threads = threads or usable_cores()
     gpu_memory_before_mib = gpu_memory_mib()
@@ -151,9 +153,10 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     """Time a fresh process until its first score: import, open BUNDLE, score one window."""
     with extra("bench"):
         from aesanet.benchmarks.latency import COLD_COLUMNS, measure_cold_start
-        from aesanet.benchmarks.records import append_rows, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, provenance
     from aesanet.runtime.scorer import Scorer
 
+    check_columns(out, COLD_COLUMNS)
     where = provenance(Scorer.open(bundle, **engine), bundle)
     row = where | measure_cold_start(bundle, engine, repeats)
     append_rows(out, COLD_COLUMNS, [row])
@@ -183,10 +186,11 @@ def end_to_end(
     """Time INPUTS from files to rows with BUNDLE, beside decoding alone and the engine alone; all audio is held."""
     with extra("bench"):
         from aesanet.benchmarks.end_to_end import END_TO_END_COLUMNS, measure_end_to_end
-        from aesanet.benchmarks.records import append_rows, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, provenance
     from aesanet.runtime.inputs import read_rows
     from aesanet.runtime.scorer import Scorer
 
+    check_columns(out, END_TO_END_COLUMNS)
     scorer = Scorer.open(bundle, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)

@@ -81,26 +81,19 @@ class _Clip(Generic[Row]):
     embedding: np.ndarray | float = 0.0  # weighted by samples
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spent:
-    """Where the time of a run went, in seconds, and what it did."""
+    """Where the time of a run went, in seconds, and what the engine was given."""
 
-    decoding: float = 0.0
+    decoding: float
     """Of all decoding threads together."""
-    waiting: float = 0.0
+    waiting: float
     """Of the thread that drives the engine, for decoded audio."""
-    engine: float = 0.0
+    engine: float
     """Of that thread, in the engine or waiting for it."""
-    audio: float = 0.0
-    """Of windows that were scored."""
-    padded: float = 0.0
-    """The same with their padding."""
-    batches: int = 0
-
-    @property
-    def padding(self) -> float:
-        """Share of what the engine was given that is padding."""
-        return 1 - self.audio / self.padded if self.padded else 0.0
+    batches: int
+    padding: float
+    """Share of the batches' samples."""
 
 
 class Pipeline(Generic[Row]):
@@ -156,9 +149,8 @@ class Pipeline(Generic[Row]):
             decoding=ahead.working_seconds,
             waiting=ahead.waited_seconds,
             engine=self._engine_seconds,
-            audio=planner.useful_samples / SAMPLE_RATE,
-            padded=planner.padded_samples / SAMPLE_RATE,
             batches=planner.batches,
+            padding=1 - planner.useful_samples / planner.padded_samples if planner.batches else 0.0,
         )
 
     def _windows_of(self, job: Job[Row]) -> Blocks:
@@ -186,9 +178,11 @@ class Pipeline(Generic[Row]):
     def _done(self) -> Iterator["_Clip[Row] | GroupEnd"]:
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
         clips: list[_Clip[Row]] = []
+        not_ended = 0  # of these
         for job, (index, found) in self.windows:
-            if not clips:
+            if not not_ended:
                 clips = [_Clip(self._rows + number, row) for number, row in enumerate(job.rows)]
+                not_ended = len(clips)
                 self._rows += len(clips)
             clip = clips[index]
             if isinstance(found, np.ndarray):
@@ -198,10 +192,9 @@ class Pipeline(Generic[Row]):
                 continue
             clip.found = found
             self._under_way.append(clip)
-            if all(clip.found is not None for clip in clips):
-                clips = []
-                if self._planner.end_rows(len(job.rows)):
-                    yield from self._end_group()
+            not_ended -= 1
+            if not not_ended and self._planner.end_rows(len(clips)):
+                yield from self._end_group()
             yield from self._take()
         if self._rows > self._grouped:
             yield from self._end_group()
