@@ -54,6 +54,16 @@ def test_a_group_is_planned_as_if_nothing_came_before(clips, batch_samples):
         assert [[(row + end, number, n) for row, number, n in batch] for batch in alone] == rest
 
 
+@given(clips=clip_lengths, batch_samples=st.integers(1, 30_000))
+def test_no_batch_is_ended_before_it_is_half_full_but_a_groups_last(clips, batch_samples):
+    batches, ends, _ = plan(clips, batch_samples)
+    bounds = [*ends, len(clips)]
+    lasts = {max(i for i, batch in enumerate(batches) if batch[0][0] < end) for end in bounds if end and batches}
+    for number, batch in enumerate(batches):
+        if number not in lasts:
+            assert 2 * (len(batch) + 1) * max(samples for _, _, samples in batch) > batch_samples
+
+
 @pytest.mark.parametrize("batch_seconds", [40, 640])
 @pytest.mark.parametrize("kind", ["uniform", "lognormal", "with long files"])
 def test_less_than_a_twentieth_is_padding(kind, batch_seconds):
