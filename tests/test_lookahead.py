@@ -149,8 +149,10 @@ def test_tasks_are_taken_ahead_by_their_sizes_and_no_more_than_fit():
             yield task
 
     ahead = LookAhead(tasks(), lambda task: iter([task]), lambda item: 0, 1, 2, size=lambda task: 100)
-    next(iter(ahead))
+    items = iter(ahead)
+    next(items)
     assert len(taken) <= 12
+    assert [item for _, item in items] == list(range(1, 10_000))  # and none is left behind for having been so many
     ahead.close()
     taken.clear()
     ahead = LookAhead(tasks(), lambda task: iter([task]), lambda item: 1, 8, 2)
