@@ -405,10 +405,12 @@ def test_speeds_are_drawn_each_as_long_as_it_is_fast(tmp_path):
     assert run("bench", "report", "--plot", tmp_path / "speeds.csv") == 0
     drawing = (tmp_path / "speeds.svg").read_text()
     bars = re.findall(
-        r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) .{0,80}?z\n"[^>]*style="fill: #(0b6fa4|c65102)"', drawing, re.S
+        r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) .{0,80}?z\n"[^>]*style="fill: #(0b6fa4|c65102)"', drawing, re.DOTALL
     )
+    assert len({top for _, top, _, _ in bars}) == len(bars) == 4 + 2  # side by side, with the legend
     lengths = {
-        colour: sorted(float(end) - float(start) for start, end, c in bars if c == colour) for _, _, colour in bars
+        colour: sorted(float(end) - float(start) for start, _, end, of in bars if of == colour)
+        for _, _, _, colour in bars
     }
     one, four = lengths["0b6fa4"][-2:], lengths["c65102"][-2:]
     assert one[1] / one[0] == pytest.approx(1.5, rel=0.01)

@@ -22,7 +22,7 @@ from matplotlib.image import imread
 from scipy import signal, stats
 
 from aesanet.axes import AXES
-from aesanet.benchmarks.charts import histogram
+from aesanet.benchmarks.charts import histogram, pairs, score_range
 from aesanet.benchmarks.page import AXIS_COLOURS, text
 from aesanet.benchmarks.players import Players
 from aesanet.benchmarks.score_page import clip_name, score_page
@@ -172,6 +172,18 @@ def test_a_summary_is_what_sorting_gives(scores, num_clips):
                 np.testing.assert_allclose(found[i, j], expected, atol=1e-9)
     if made:
         score_page(["s.jsonl"], summary, Players(1.0, 0))
+
+
+def test_charts_are_drawn_upwards_from_zero():
+    scores = np.array([[1.0, 9.0, 5.0, 5.0]] * 3)
+    assert score_range(scores) == (0.0, 10.0)
+    assert score_range(np.array([[-0.5, 9.0, 5.0, 12.2]])) == (-1.0, 13.0)
+    none = np.full((4, 4), np.nan)
+    drawn = pairs(scores, (0.0, 10.0), none, none)
+    # 30 squares a side, the first of them leftmost and on top: CE 1 is the fourth from the left, CU 9 the third from
+    # above; PC 5 and PQ 5 are just right of and above the middle.
+    first, *_, last = re.findall(r"<path d='(M[^']*)'", drawn)
+    assert (first, last) == ("M3 2h1v1h-1z", "M15 14h1v1h-1z")
 
 
 def test_a_million_rows_need_little_memory():
