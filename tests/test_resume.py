@@ -5,6 +5,7 @@ import os
 import random
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,32 @@ def finished(bundle, manifest, out, *options):
     done = subprocess.run(command(bundle, manifest, out, *options), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr  # some rows fail
     return done.stderr
+
+
+def stopped(signum, status, bundle, manifest, out, heard=True):
+    """Begin a run and stop it once it has written something; what it said, if it was heard to the end.
+
+    On a busy machine it may come to its end before: then once more.
+    """
+    for _ in range(10):
+        running = subprocess.Popen(command(bundle, manifest, out), stderr=subprocess.PIPE, text=True)
+        while running.poll() is None and not written(out):
+            time.sleep(0.005)
+        if not heard:
+            running.stderr.close()
+        running.send_signal(signum)
+        err = running.communicate(timeout=120)[1] if heard else None
+        if running.wait(timeout=120) == status:
+            return err
+        assert running.returncode == 1, err
+        for path in out.parent.glob(out.name + "*"):
+            path.unlink()
+    raise AssertionError("it always ends before it can be stopped")
+
+
+def written(out):
+    """Has a run written rows, and not only begun?"""
+    return any(path.exists() and path.stat().st_size for path in (out, out.with_name(out.name + ".partial.jsonl")))
 
 
 class Forked:
@@ -141,13 +168,7 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(
 def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_bundle, manifest, tmp_path):
     finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
     out = tmp_path / "rows.jsonl"
-    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.PIPE, text=True)
-    while not (out.exists() and out.stat().st_size):
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 130
+    err = stopped(signal.SIGINT, 130, tiny_bundle, manifest, out)
     rows = out.read_bytes().splitlines()
     assert f"interrupted after {len(rows)} rows of {len(manifest.read_text().splitlines())}" in err
     assert "--resume" in err
@@ -186,11 +207,7 @@ def test_a_finished_file_is_left_as_it_is(tiny_bundle, manifest, tmp_path):
 )
 def test_another_run_does_not_go_on(tiny_bundle, manifest, tmp_path, options, told):
     out = tmp_path / "rows.jsonl"
-    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
-    while not (out.exists() and out.stat().st_size):
-        time.sleep(0.01)
-    running.kill()
-    running.wait()
+    stopped(signal.SIGKILL, -9, tiny_bundle, manifest, out)
     done = subprocess.run(
         command(tiny_bundle, manifest, out, "--resume", *options), capture_output=True, text=True, timeout=300
     )
@@ -201,18 +218,23 @@ def test_another_run_does_not_go_on(tiny_bundle, manifest, tmp_path, options, to
     assert "an unfinished run is there; give --resume to go on, or --overwrite" in done.stderr
 
 
+def test_windows_of_another_length_do_not_go_on(tiny_bundle, manifest, tmp_path):
+    """Which are a matter of bundle.json alone: the graphs are the same."""
+    bundle, out = shutil.copytree(tiny_bundle, tmp_path / "b"), tmp_path / "rows.jsonl"
+    stopped(signal.SIGKILL, -9, bundle, manifest, out)
+    about = json.loads((bundle / "bundle.json").read_text())
+    about["window"] = {"window_seconds": 2.0, "hop_seconds": 2.0}
+    (bundle / "bundle.json").write_text(json.dumps(about))
+    done = subprocess.run(command(bundle, manifest, out, "--resume"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "was begun with the windows [4.0, 3.0], and this is [2.0, 2.0]" in done.stderr
+
+
 def test_an_interrupt_counts_though_nobody_reads_what_is_said(tiny_bundle, manifest, tmp_path):
     """As in `aesanet ... 2>&1 | tee log`, where Ctrl-C ends tee too."""
     out = tmp_path / "rows.jsonl"
-    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.PIPE)
-    while not (out.exists() and out.stat().st_size):
-        assert running.poll() is None
-        time.sleep(0.01)
-    running.stderr.close()
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=60) == 130
-    before = len(out.read_bytes().splitlines())
-    assert before
+    stopped(signal.SIGINT, 130, tiny_bundle, manifest, out, heard=False)
+    assert out.stat().st_size
     assert all(json.loads(row) for row in out.read_bytes().splitlines())
 
 
@@ -255,12 +277,7 @@ def test_parquet_is_resumed_through_its_lines_and_left_alone_when_finished(tiny_
     finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
     out = tmp_path / "rows.parquet"
     left = ["rows.parquet", "rows.parquet.state", "whole.jsonl", "whole.jsonl.state"]
-    running = subprocess.Popen(command(tiny_bundle, manifest, out), stderr=subprocess.DEVNULL)
-    lines = tmp_path / "rows.parquet.partial.jsonl"
-    while not (lines.exists() and lines.stat().st_size):
-        time.sleep(0.01)
-    running.kill()
-    running.wait()
+    stopped(signal.SIGKILL, -9, tiny_bundle, manifest, out)
     assert not out.exists()
     finished(tiny_bundle, manifest, out, "--resume")
     assert names(tmp_path) == left
