@@ -3,13 +3,15 @@
 import os
 import platform
 import shutil
+import statistics
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from aesanet.errors import BackendError, DeviceMemoryError
 
-_GPU_QUERY: Final = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader,nounits")
+_GPU_FIELDS: Final = ("name", "compute_cap", "driver_version", "memory.total")  # as `Gpu` has them
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,32 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """What NVIDIA's own tool lists, which comes with the driver; raises BackendError."""
+    return [Gpu(*row) for row in _nvidia_smi(_GPU_FIELDS)]
+
+
+def gpu_clocks_mhz() -> list[str]:
+    """Of each GPU that NVIDIA's tool lists, the clock of its multiprocessors now; raises BackendError.
+
+    In MHz, or why it cannot be told: where many share a GPU they may not see its clock.
+    """
+    return [clock for (clock,) in _nvidia_smi(("clocks.sm",))]
+
+
+def _nvidia_smi(fields: Sequence[str]) -> list[list[str]]:
+    """A row of fields for each GPU; raises BackendError."""
     if (tool := shutil.which("nvidia-smi")) is None:
         raise BackendError("none (no nvidia-smi, so no NVIDIA driver)")
+    query = (f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
     try:
-        found = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=30, check=False)
+        found = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         raise BackendError("nvidia-smi did not answer within 30 s") from None
     if found.returncode != 0:
         raise BackendError(f"nvidia-smi failed: {(found.stderr or found.stdout).strip()}")
     rows = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines() if line.strip()]
-    if not rows or any(len(row) != 4 for row in rows):
+    if not rows or any(len(row) != len(fields) for row in rows):
         raise BackendError(f"nvidia-smi lists no GPU, but says {found.stdout.strip()!r}")
-    return [Gpu(*row) for row in rows]
+    return rows
 
 
 def load_cuda() -> Any:
@@ -84,6 +100,20 @@ def processor_name() -> str:
             return next(names, platform.machine())
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def processor_clock_mhz() -> float | None:
+    """The clock now of the cores that this process may run on, their mean; None where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [[part.strip() for part in line.partition(":")[::2]] for line in file]
+    except OSError:
+        return None
+    numbers = [value for name, value in lines if name == "processor"]
+    clocks = [value for name, value in lines if name == "cpu MHz"]  # which only x86 tells
+    usable = {str(number) for number in os.sched_getaffinity(0)}
+    found = [float(clock) for number, clock in zip(numbers, clocks, strict=False) if number in usable]
+    return statistics.fmean(found) if found else None
 
 
 def usable_cores() -> int:

@@ -14,9 +14,7 @@ from aesanet.runtime.backends.base import Backend, Precision
 # slice of a GPU (MIG) and the GPUs of laptops have other names, and so no peak here.
 FP16_TFLOPS: Final = {
     "NVIDIA H200": 989.0,
-    "NVIDIA H200 NVL": 835.5,
     "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 NVL": 835.5,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,

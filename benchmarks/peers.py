@@ -18,10 +18,11 @@ import numpy as np
 import soundfile
 import torch
 
+from aesanet.benchmarks import polygraphy
 from aesanet.benchmarks.audiobox import INSTALL, is_installed, open_audiobox
 from aesanet.benchmarks.contestants import Alone, Contestant, Part, Work, open_aesanet, open_pytorch
 from aesanet.benchmarks.latency import median_interval
-from aesanet.benchmarks.records import MACHINE, machine
+from aesanet.benchmarks.records import MACHINE, clocks, machine
 from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
@@ -94,7 +95,7 @@ def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[s
         seen = take_turns({told: alone.run for told, alone in entered.items()}, warm_ups, plan.rounds, note)
         if not seen:
             raise BackendError("no contestant could do the work")
-        where |= {
+        where |= clocks() | {
             "part": plan.part,
             "device": plan.device,
             "threads": plan.threads,
@@ -254,6 +255,11 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
         for device, precision in support.runs:
             if device == plan.device:
                 yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision))
+    if plan.part != "files":  # it runs graphs and reads no files
+        if plan.device == "cpu":
+            yield Contestant("polygraphy onnxruntime", "fp32", polygraphy.open_onnxruntime)
+        elif tensorrt.support().runs:
+            yield Contestant("polygraphy tensorrt", "fp16", polygraphy.open_tensorrt)
     reduced, dtype = ("fp16", torch.float16) if plan.device == "cuda" else ("bf16", torch.bfloat16)
     for compiled in (False, True):
         name = "pytorch compile" if compiled else "pytorch eager"

@@ -12,15 +12,16 @@ from aesanet import __version__
 from aesanet.bundle import MANIFEST_NAME
 from aesanet.errors import BackendError, InputError
 from aesanet.hashing import file_sha256
-from aesanet.machine import list_gpus, processor_name, usable_cores
+from aesanet.machine import gpu_clocks_mhz, list_gpus, processor_clock_mhz, processor_name, usable_cores
 from aesanet.runtime.scorer import Scorer
 
-MACHINE: Final = "date aesanet processor cores load gpu python".split()
+MACHINE: Final = "date aesanet processor cores load gpu python processor_mhz gpu_mhz".split()
+"""`load` is before anything is measured, clocks are right after, when what they were is what they still are."""
 WHERE: Final = [*MACHINE, "bundle_sha256", "weights", "engine"]
 
 
 def machine() -> dict[str, Any]:
-    """What every row says of its machine, before anything is measured on it."""
+    """What every row says of its machine before anything is measured on it."""
     try:
         gpu = "; ".join(map(str, list_gpus()))
     except BackendError:
@@ -34,6 +35,16 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "python": platform.python_version(),
     }
+
+
+def clocks() -> dict[str, Any]:
+    """What every row says of the clocks that it was measured at: to be asked as soon as it has been measured."""
+    try:
+        gpu = "; ".join(gpu_clocks_mhz())
+    except BackendError:
+        gpu = ""
+    processor = processor_clock_mhz()
+    return {"processor_mhz": "" if processor is None else round(processor), "gpu_mhz": gpu}
 
 
 def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:

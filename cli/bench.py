@@ -66,7 +66,7 @@ def latency(
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
         from aesanet.benchmarks.latency import LATENCY_COLUMNS, latency_row, measure_latency
-        from aesanet.benchmarks.records import append_rows, check_columns, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
     from aesanet.runtime.scorer import Scorer
 
     check_columns(out, LATENCY_COLUMNS)
@@ -74,7 +74,9 @@ def latency(
     scorer = _without_cuda_graphs(bundle, **engine) if no_cuda_graphs else Scorer.open(bundle, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
-    rows = [where | latency_row(cell, times) for cell, times in measure_latency(scorer.backend, cells, most).items()]
+    found = measure_latency(scorer.backend, cells, most)
+    where |= clocks()
+    rows = [where | latency_row(cell, times) for cell, times in found.items()]
     append_rows(out, LATENCY_COLUMNS, rows)
     click.echo(" clips  seconds     p50 ms          95 % of p50       p90       p99       max  x real time")
     for row in rows:
@@ -119,7 +121,7 @@ def throughput(
 ) -> None:
     """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU)."""
     with extra("bench"):
-        from aesanet.benchmarks.records import append_rows, check_columns, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
         from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, throughput_rows
     from aesanet.machine import gpu_memory_mib, usable_cores
     from aesanet.runtime.scorer import Scorer
@@ -131,7 +133,9 @@ def throughput(
     scorer = Scorer.open(bundle, threads=threads, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
-    rows = [where | row for row in throughput_rows(scorer, cells, most, threads, gpu_memory_before_mib)]
+    rows = throughput_rows(scorer, cells, most, threads, gpu_memory_before_mib)
+    where |= clocks()
+    rows = [where | row for row in rows]
     append_rows(out, THROUGHPUT_COLUMNS, rows)
     click.echo(" clips  seconds    clips/s         95 % of clips/s   hours/s  x real time   TFLOP/s      peak    MFU")
     for row in rows:
@@ -153,12 +157,12 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     """Time a fresh process until its first score: import, open BUNDLE, score one window."""
     with extra("bench"):
         from aesanet.benchmarks.latency import COLD_COLUMNS, measure_cold_start
-        from aesanet.benchmarks.records import append_rows, check_columns, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
     from aesanet.runtime.scorer import Scorer
 
     check_columns(out, COLD_COLUMNS)
     where = provenance(Scorer.open(bundle, **engine), bundle)
-    row = where | measure_cold_start(bundle, engine, repeats)
+    row = where | measure_cold_start(bundle, engine, repeats) | clocks()
     append_rows(out, COLD_COLUMNS, [row])
     click.echo(
         f"{row['engine']}: import {row['import_milliseconds']} ms, open {row['open_milliseconds']} ms, "
@@ -186,7 +190,7 @@ def end_to_end(
     """Time INPUTS from files to rows with BUNDLE, beside decoding alone and the engine alone; all audio is held."""
     with extra("bench"):
         from aesanet.benchmarks.end_to_end import END_TO_END_COLUMNS, measure_end_to_end
-        from aesanet.benchmarks.records import append_rows, check_columns, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
     from aesanet.runtime.inputs import read_rows
     from aesanet.runtime.scorer import Scorer
 
@@ -195,7 +199,7 @@ def end_to_end(
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
     settings = scorer.settings(workers, max_batch_seconds)
-    row = where | measure_end_to_end(scorer, list(read_rows(inputs)), settings, rounds)
+    row = where | measure_end_to_end(scorer, list(read_rows(inputs)), settings, rounds) | clocks()
     append_rows(out, END_TO_END_COLUMNS, [row])
     click.echo(
         f"{row['clips']} clips, {row['audio_seconds']} s of audio: decoding alone {row['decoding_seconds']} s, engine "

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,17 @@ def half_bundle(tiny_checkpoint, clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "half.bundle"
     export_bundle(tiny_checkpoint, out, half_on=clips)
     return out
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A program of that name that answers what it is told to, first in the path."""
+
+    def answer(script):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    return answer

@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from click.testing import CliRunner
 from conftest import RECORDINGS
 from helpers import make_loud
 from hypothesis import given
@@ -25,7 +24,7 @@ from onnx import TensorProto, helper
 
 from aesanet.benchmarks.parity import not_opened
 from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
-from aesanet.cli.main import cli, main
+from aesanet.cli.main import main
 from aesanet.engines import engine_key, known_capabilities, load_library, misfits, read_engine, runs_on
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export import engine as engine_room
@@ -41,7 +40,7 @@ from aesanet.export.timing import TimingCache
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
-from aesanet.machine import Gpu, list_gpus
+from aesanet.machine import Gpu
 from aesanet.models.config import AESANetConfig
 from aesanet.models.untrained import untrained_model
 
@@ -375,50 +374,6 @@ def test_default_batches_fit_the_gpus_memory():
 def test_profiles_that_make_no_sense(pairs):
     with pytest.raises(ValueError, match="profile"):
         make_profiles(pairs)
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """A program of that name that answers what it is told to, first in the path."""
-
-    def answer(script):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        program = tmp_path / "bin" / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-
-    return answer
-
-
-def test_gpus_are_listed_by_their_driver(nvidia_smi):
-    nvidia_smi("echo 'NVIDIA H200, 9.0, 580.1, 143771'; echo 'NVIDIA L4, 8.9, 580.1, 23034'")
-    first, second = list_gpus()
-    assert (first.name, first.capability, first.driver, first.memory) == ("NVIDIA H200", "9.0", "580.1", "143771")
-    assert second.name == "NVIDIA L4"
-    assert (
-        "GPU: NVIDIA H200, compute capability 9.0, driver 580.1, 143771 MiB"
-        in CliRunner().invoke(cli, ["doctor"]).output
-    )
-
-
-@pytest.mark.parametrize(
-    ("script", "told"),
-    [
-        ("echo no driver >&2; exit 9", "nvidia-smi failed: no driver"),
-        ("exit 0", "lists no GPU"),
-        ("echo a, b", "says 'a, b'"),
-    ],
-)
-def test_a_driver_without_a_gpu_is_told(nvidia_smi, script, told):
-    nvidia_smi(script)
-    with pytest.raises(BackendError, match=told):
-        list_gpus()
-
-
-def test_a_gpu_without_memory_of_its_own_is_listed(nvidia_smi):
-    nvidia_smi("echo 'NVIDIA GB10, 12.1, 580.1, [N/A]'")
-    assert list_gpus() == [Gpu("NVIDIA GB10", "12.1", "580.1", "[N/A]")]
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -7,11 +7,11 @@ is used again when its last scores have arrived. Within a stream order is enough
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from threading import RLock
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from aesanet.bundle import GraphName
 from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on, short_key
 from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineMisfitError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
-from aesanet.machine import cuda_gpu, load_cuda
+from aesanet.machine import Gpu, cuda_gpu, load_cuda
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
 from aesanet.runtime.backends.base import (
     Backend,
@@ -45,6 +45,8 @@ _FLOAT32: Final = 4
 _INT64: Final = 8
 
 _log = logging.getLogger("aesanet")
+
+_Used = TypeVar("_Used")
 
 
 class TensorRTBackend(Backend):
@@ -76,7 +78,7 @@ class TensorRTBackend(Backend):
             Stage(trt, plans[name], name, device, stream, complaints, graphs_kept) for name, stream in streams.items()
         )
         self._width = self._encoder.engine.get_tensor_shape("features")[2]
-        self.profiles = _profiles(self._frontend.engine)
+        self.profiles = engine_profiles(self._frontend.engine)
         self._most = {profile.index: profile.max_batch for profile in self.profiles}
         self._blocks = Blocks(device)
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
@@ -332,7 +334,23 @@ def open_tensorrt(
     Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
     """
     cuda = load_cuda()
-    gpu = cuda_gpu(cuda)
+
+    def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
+        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept)
+        _try(backend, files.manifest.window.window_samples)
+        backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
+        return backend
+
+    return first_that_runs(files, cuda_gpu(cuda), opened)
+
+
+def first_that_runs(files: BundleFiles, gpu: Gpu, use: Callable[[str, Any, Mapping[GraphName, bytes]], _Used]) -> _Used:
+    """What `use` makes of the last compiled of a bundle's engines that is for this machine and that it can use.
+
+    use : is given an engine's key, its library's module and its plans, and may raise BackendError
+
+    Raises as `open_tensorrt`.
+    """
     refused = []
     error_type: type[BackendError] = EngineMisfitError
     for key in reversed(files.manifest.engines):
@@ -343,10 +361,7 @@ def open_tensorrt(
                 raise EngineMisfitError("; ".join(wrong))
             folder = files.folder / ENGINES_FOLDER / key
             plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
-            backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept)
-            _try(backend, files.manifest.window.window_samples)
-            backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
-            return backend
+            return use(key, trt, plans)
         except (BackendError, BundleError) as error:
             error_type = error_type if isinstance(error, EngineMisfitError) else BackendError
             refused.append(f"engine {short_key(key)}: {error}")
@@ -380,7 +395,7 @@ def support() -> Support:
     return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
 
 
-def _profiles(frontend: Any) -> tuple[Profile, ...]:
+def engine_profiles(frontend: Any) -> tuple[Profile, ...]:
     """The profiles of an engine, by length."""
     profiles = []
     for index in range(frontend.num_optimization_profiles):

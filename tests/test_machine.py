@@ -1,0 +1,62 @@
+"""What is told of the machine: GPUs as their driver lists them, clocks."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from aesanet import machine
+from aesanet.benchmarks.records import clocks
+from aesanet.cli.main import cli
+from aesanet.errors import BackendError
+from aesanet.machine import Gpu, list_gpus
+
+CPUINFO = "".join(
+    f"processor\t: {number}\nmodel name\t: Some\ncpu MHz\t\t: {clock}.5\nflags\t\t: a b\n\n"
+    for number, clock in ((0, 800), (1, 2000), (10, 2999))
+)
+
+
+def test_gpus_are_listed_by_their_driver(nvidia_smi):
+    nvidia_smi("echo 'NVIDIA H200, 9.0, 580.1, 143771'; echo 'NVIDIA L4, 8.9, 580.1, 23034'")
+    first, second = list_gpus()
+    assert (first.name, first.capability, first.driver, first.memory) == ("NVIDIA H200", "9.0", "580.1", "143771")
+    assert second.name == "NVIDIA L4"
+    assert (
+        "GPU: NVIDIA H200, compute capability 9.0, driver 580.1, 143771 MiB"
+        in CliRunner().invoke(cli, ["doctor"]).output
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo no driver >&2; exit 9", "nvidia-smi failed: no driver"),
+        ("exit 0", "lists no GPU"),
+        ("echo a, b", "says 'a, b'"),
+    ],
+)
+def test_a_driver_without_a_gpu_is_told(nvidia_smi, script, told):
+    nvidia_smi(script)
+    with pytest.raises(BackendError, match=told):
+        list_gpus()
+
+
+def test_a_gpu_without_memory_of_its_own_is_listed(nvidia_smi):
+    nvidia_smi("echo 'NVIDIA GB10, 12.1, 580.1, [N/A]'")
+    assert list_gpus() == [Gpu("NVIDIA GB10", "12.1", "580.1", "[N/A]")]
+
+
+def test_clocks_are_of_every_gpu_and_of_the_cores_that_may_be_used(nvidia_smi, monkeypatch):
+    nvidia_smi('case "$*" in *=clocks.sm\\ *) echo 1980; echo "[N/A]";; *) exit 1;; esac')
+    monkeypatch.setattr(machine, "open", lambda path, **_: io.StringIO(CPUINFO), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 10})
+    assert clocks() == {"processor_mhz": 2500, "gpu_mhz": "1980; [N/A]"}
+
+
+@pytest.mark.skipif("cpu MHz" not in Path("/proc/cpuinfo").read_text(), reason="the system tells no clock")
+def test_the_clock_of_this_machine_is_between_those_of_its_cores():
+    clocks = [float(line.split(":")[1]) for line in Path("/proc/cpuinfo").read_text().splitlines() if "MHz" in line]
+    assert min(clocks) - 500 <= machine.processor_clock_mhz() <= max(clocks) + 500
