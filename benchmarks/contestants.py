@@ -137,9 +137,16 @@ def versions(*packages: str) -> str:
     return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
-def open_aesanet(backend: BackendName, precision: Precision, work: Work) -> Opened:
+def open_aesanet(backend: BackendName, precision: Precision, cuda_graphs: bool | None, work: Work) -> Opened:
     """One engine; from files, all that `aesanet score` does."""
-    scorer = Scorer.open(work.bundle, work.device, backend=backend, precision=precision, threads=work.threads)
+    scorer = Scorer.open(
+        work.bundle,
+        work.device,
+        backend=backend,
+        precision=precision,
+        threads=work.threads,
+        cuda_graphs=cuda_graphs,
+    )
     engine = scorer.backend
     settings = scorer.settings()
     written = work.folder / f"{engine.kind}.jsonl"

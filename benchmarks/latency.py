@@ -4,6 +4,7 @@ Cells of the grid (batch x seconds) take turns, so that a machine that slows dow
 until the medians of the first and the second half of its times agree. Audio is noise: engines take no longer for music.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -107,18 +108,18 @@ def settled(times: Sequence[float], least: int, seconds: float) -> bool:
     return abs(one - two) <= _STABLE * min(one, two) or sum(times) >= seconds
 
 
-def measure_cold_start(bundle: Path, options: Mapping[str, str], repeats: int) -> dict[str, Any]:
+def measure_cold_start(bundle: Path, options: Mapping[str, Any], repeats: int) -> dict[str, Any]:
     """Medians over fresh processes: importing aesanet, opening the bundle, scoring a first window."""
     code = (
         "import sys, time; start = time.perf_counter()\n"
         "from aesanet import Scorer; import numpy\n"
-        "imported = time.perf_counter()\n"
-        "scorer = Scorer.open(sys.argv[1], **dict(part.split('=') for part in sys.argv[2:]))\n"
+        "imported = time.perf_counter(); import json\n"
+        "scorer = Scorer.open(sys.argv[1], **json.loads(sys.argv[2]))\n"
         "opened = time.perf_counter(); window = scorer.manifest.window.window_samples\n"
         "scorer.score((numpy.sin(numpy.arange(window, dtype=numpy.float32)) / 2, 16000))\n"
         "print(imported - start, opened - imported, time.perf_counter() - opened)"
     )
-    command = [sys.executable, "-c", code, str(bundle), *(f"{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "-c", code, str(bundle), json.dumps(options)]
     runs = []
     for _ in range(repeats):
         found = subprocess.run(command, capture_output=True, text=True, check=False)

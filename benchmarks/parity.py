@@ -1,7 +1,10 @@
 """Are these the checkpoint's scores? Engines against PyTorch in FP32, window by window on real audio."""
 
 import copy
+import errno
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Final, cast
@@ -62,18 +65,45 @@ class Reference:
     rounding: np.ndarray
 
 
-def read_windows(rows: Iterable[Row], policy: WindowPolicy) -> Iterator[Window]:
-    """All windows of all clips that a network can see; raises InputError for a clip that cannot be read."""
-    for row in rows:
-        try:
-            clip = row.clip()
-            for number, samples in enumerate(split_windows(ClipReader(clip), policy)):
-                if len(samples) >= MIN_SAMPLES:
-                    yield Window(_printable(f"{clip.path}, window {number + 1}"), samples)
-        except ClipError as error:
-            raise InputError(
-                f"{row.given.get('path')}: {error.message}; what is verified on must be readable"
-            ) from None
+def read_windows(rows: Iterable[Row], policy: WindowPolicy) -> list[Window]:
+    """All windows of all clips that a network can see; raises InputError for a clip that cannot be read.
+
+    Their samples lie in a file that is gone with them, and in memory only as long as the system has room to spare.
+    """
+    names, lengths = [], []
+    with _room_told(), tempfile.TemporaryFile() as file:
+        for row in rows:
+            for name, samples in _windows_of(row, policy):
+                file.write(samples.tobytes())
+                names.append(name)
+                lengths.append(len(samples))
+        file.flush()
+        # Writable, as PyTorch wants arrays to be; nobody writes.
+        audio: np.ndarray = np.memmap(file, np.float32, "r+") if lengths else np.empty(0, np.float32)
+    return [Window(name, part) for name, part in zip(names, np.split(audio, np.cumsum(lengths)[:-1]), strict=False)]
+
+
+@contextmanager
+def _room_told() -> Iterator[None]:
+    """A full disk is told as that of temporary files, as nothing else is written meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{tempfile.gettempdir()}: the audio cannot be kept there: {error.strerror}; TMPDIR names another place"
+        ) from None
+
+
+def _windows_of(row: Row, policy: WindowPolicy) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        clip = row.clip()
+        for number, samples in enumerate(split_windows(ClipReader(clip), policy)):
+            if len(samples) >= MIN_SAMPLES:
+                yield _printable(f"{clip.path}, window {number + 1}"), samples
+    except ClipError as error:
+        raise InputError(f"{row.given.get('path')}: {error.message}; what is verified on must be readable") from None
 
 
 def _printable(name: str) -> str:

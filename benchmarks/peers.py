@@ -39,6 +39,7 @@ from aesanet.runtime.backends.base import Device
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
+from aesanet.runtime.shapes import CAPTURED_SAMPLES
 
 PEERS_COLUMNS: Final = (
     *MACHINE,
@@ -253,8 +254,13 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
     """All who can do the work, as far as is known before they are opened."""
     for backend, support in supported_backends().items():
         for device, precision in support.runs:
-            if device == plan.device:
-                yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision))
+            if device != plan.device:
+                continue
+            yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision, None))
+            captured = plan.part == "waveforms" and plan.batch * CLIP_SECONDS * SAMPLE_RATE <= CAPTURED_SAMPLES
+            if (backend, device) == ("onnxruntime", "cuda") and captured:
+                open_captured = partial(open_aesanet, backend, precision, True)
+                yield Contestant(f"aesanet {backend} CUDA graphs", precision, open_captured)
     if plan.part != "files":  # it runs graphs and reads no files
         if plan.device == "cpu":
             yield Contestant("polygraphy onnxruntime", "fp32", polygraphy.open_onnxruntime)

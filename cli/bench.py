@@ -8,11 +8,9 @@ import click
 
 from aesanet.cli.notes import extra, note
 from aesanet.cli.options import engine_options
-from aesanet.errors import BackendError
 
 if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell
-    from aesanet.runtime.scorer import Scorer
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
@@ -52,7 +50,6 @@ def bench() -> None:
 @click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
-@click.option("--no-cuda-graphs", is_flag=True, help="For --backend tensorrt: without them.")
 @engine_options
 def latency(
     bundle: Path,
@@ -60,7 +57,6 @@ def latency(
     seconds: list[float],
     most: float,
     out: Path,
-    no_cuda_graphs: bool,
     **engine: Any,
 ) -> None:
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
@@ -71,7 +67,7 @@ def latency(
 
     check_columns(out, LATENCY_COLUMNS)
     cells = _cells(batches, seconds)
-    scorer = _without_cuda_graphs(bundle, **engine) if no_cuda_graphs else Scorer.open(bundle, **engine)
+    scorer = Scorer.open(bundle, **engine)
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
     found = measure_latency(scorer.backend, cells, most)
@@ -86,20 +82,6 @@ def latency(
             f"{row['milliseconds_p90']:10.2f}{row['milliseconds_p99']:10.2f}{row['milliseconds_max']:10.2f}"
             f"{row['x_real_time']:13.1f}"
         )
-
-
-def _without_cuda_graphs(bundle: Path, backend: str, device: str, precision: str) -> "Scorer":
-    """A compiled engine that is given layer by layer, to see what CUDA graphs are worth."""
-    from aesanet.runtime.backends import lacking
-    from aesanet.runtime.backends.tensorrt import open_tensorrt
-    from aesanet.runtime.scorer import Scorer, open_files
-
-    if backend != "tensorrt" or device == "cpu" or precision not in ("auto", "fp16"):
-        raise click.UsageError("--no-cuda-graphs is for --backend tensorrt alone: no other engine has CUDA graphs")
-    files = open_files(bundle)
-    if (missing := lacking(files, "tensorrt", "fp16")) is not None:
-        raise BackendError(missing)
-    return Scorer(files.manifest, open_tensorrt(files, "cuda", "fp16", None, graphs_kept=0), "as asked")
 
 
 @bench.command()
@@ -237,7 +219,7 @@ def end_to_end(
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("peers.csv"), show_default=True)
 def peers(inputs: tuple[str, ...], threads: int | None, out: Path, **plan: Any) -> None:
-    """Time aesanet's engines beside PyTorch and audiobox-aesthetics, in turns, on INPUTS or the recordings it ships.
+    """Time aesanet's engines beside PyTorch, Polygraphy and audiobox-aesthetics, in turns, on INPUTS or recordings.
 
     PyTorch runs the same network, eager and compiled, in FP32 and by autocast. From files, it and audiobox-aesthetics
     read, resample and score one batch after the other, as scripts do. audiobox-aesthetics is its own package, with

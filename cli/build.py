@@ -31,7 +31,7 @@ _PARAMS = {param.name: param for command in (verify, compile, export) for param 
 
 build = click.Command(
     "build",
-    params=[param for name, param in _PARAMS.items() if name not in ("fp16", "bundle")],
+    params=[param for name, param in _PARAMS.items() if name not in ("fp16", "bundle", "prune")],
     callback=_build,
     help="""Export CHECKPOINT with FP16 graphs, compile them and verify the bundle: `aesanet export --fp16`, `aesanet
     compile` and `aesanet verify`.

@@ -81,6 +81,7 @@ def _gpu_here() -> "Gpu | None":
 @click.option(
     "--level", type=click.IntRange(0, 5), help="How long the builder searches, 0 to 5.  [default: the library's own]"
 )
+@click.option("--prune", is_flag=True, help="Then remove the bundle's other engines, whatever they were built for.")
 def compile(
     bundle: Path,
     flavour: Literal["auto", "tensorrt", "rtx"],
@@ -88,6 +89,7 @@ def compile(
     capability: str | None,
     workspace: float | None,
     level: int | None,
+    prune: bool,
 ) -> None:
     """Compile BUNDLE's FP16 graphs (see `aesanet export --fp16`) and its front end to an engine beside them.
 
@@ -96,7 +98,7 @@ def compile(
     """
     from aesanet.bundle import read_manifest
     from aesanet.engines import load_library, runs_on
-    from aesanet.export.compile import compile_bundle
+    from aesanet.export.compile import compile_bundle, prune_engines
     from aesanet.export.engine import Settings
 
     library, capabilities = asked_for(flavour, capability)
@@ -116,3 +118,6 @@ def compile(
             f"  {name}.plan: {plan.size_bytes / 2**20:.1f} MiB in {plan.build_seconds:.1f} s"
             + (f"; activations {activations} MiB, by profile" if activations else "")
         )
+    if prune:
+        count, size = prune_engines(bundle, kept=engine.key)
+        click.echo(f"{count} other engine{'s' * (count != 1)} removed, {size / 2**20:.1f} MiB")

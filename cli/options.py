@@ -11,8 +11,14 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 
 
 def engine_options(command: Command) -> Command:
-    """--backend, --device and --precision, as `Scorer.open` takes them."""
+    """--backend, --device, --precision and --cuda-graphs, as `Scorer.open` takes them."""
     for option in (
+        click.option(
+            "--cuda-graphs/--no-cuda-graphs",
+            default=None,
+            help="On a GPU, replay a batch's shape that comes again as one CUDA graph, not kernel by kernel.  "
+            "[default: TensorRT does, ONNX Runtime does not]",
+        ),
         click.option(
             "--precision",
             type=click.Choice(["auto", "fp32", "fp16", "bf16"]),

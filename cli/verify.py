@@ -45,6 +45,7 @@ _LAYERS_SECONDS = 4  # that layers are compared on: all tensors of a graph are k
     show_default=True,
     help="all: every engine and precision that runs here.",
 )
+@click.option("--cuda-graphs", is_flag=True, help="ONNX Runtime on a GPU also with CUDA graphs.")
 @click.option("--layers", is_flag=True, help="Compare every graph layer by layer too, and name the first that differs.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with tables and plots to this file.")
 def verify(
@@ -53,6 +54,7 @@ def verify(
     beats: Path | None,
     audio: tuple[str, ...],
     backend: str,
+    cuda_graphs: bool,
     layers: bool,
     html: Path | None,
 ) -> None:
@@ -79,13 +81,13 @@ def verify(
     note(f"loading {checkpoint}")
     model = load_checkpoint(checkpoint, beats)
     _check_config(bundle, manifest, model.config)
-    windows = list(read_windows(read_rows(audio or [str(path) for path in demo.samples()]), manifest.window))
+    windows = read_windows(read_rows(audio or [str(path) for path in demo.samples()]), manifest.window)
     if not windows:
         raise InputError(f"no audio in {', '.join(audio)} that is long enough to be scored")
     note(f"scoring {len(windows)} windows with PyTorch")
     reference = reference_scores(model, windows)
     found = {}
-    for kind, precision, open_engine in _engines(files, backend):
+    for kind, precision, open_engine in _engines(files, backend, cuda_graphs):
         try:
             engine = open_engine()
         except EngineMisfitError as error:
@@ -168,7 +170,9 @@ def _check_source(bundle: Path, manifest: "Manifest", checkpoint: Path, beats: P
             )
 
 
-def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[str, Precision, Callable[[], Backend]]]":
+def _engines(
+    files: "BundleFiles", backend: str, cuda_graphs: bool
+) -> "Iterator[tuple[str, Precision, Callable[[], Backend]]]":
     """Kind, precision and opener of all that runs here; what this bundle or machine has no means for is told."""
     from aesanet.benchmarks.parity import RoundedHalf
     from aesanet.runtime.backends import lacking, open_exactly, supported_backends
@@ -186,6 +190,9 @@ def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[str, Precisi
                 note(f"{kind} is left out: {reason}")
                 continue
             yield kind, precision, partial(open_exactly, files, name, device, precision)
+            if cuda_graphs and name == "onnxruntime" and device == "cuda":
+                captured = partial(open_exactly, files, name, device, precision, cuda_graphs=True)
+                yield f"{kind} with CUDA graphs", precision, captured
         if name == "onnxruntime" and support.runs and files.fp16:
             yield RoundedHalf.kind, RoundedHalf.precision, partial(RoundedHalf, files)
 
@@ -205,11 +212,9 @@ def _keep(bundle: Path, found: dict[str, Any]) -> None:
     """Enter the results into the manifest as it is now; a bundle that cannot be written is told and goes without."""
     import msgspec
 
-    from aesanet.bundle import read_manifest
-    from aesanet.export.writer import write_manifest
+    from aesanet.export.writer import change_manifest
 
-    manifest = read_manifest(bundle)
     try:
-        write_manifest(bundle, msgspec.structs.replace(manifest, verified=manifest.verified | found))
+        change_manifest(bundle, lambda manifest: msgspec.structs.replace(manifest, verified=manifest.verified | found))
     except OSError as error:
         note(f"{bundle}: what was found cannot be kept in it: {error.strerror}")

@@ -1,11 +1,13 @@
 """A bundle's graphs to an engine in it: built under its key, or found there."""
 
 import importlib.util
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,7 @@ from aesanet.engines import (
 from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.timing import TimingCache
-from aesanet.export.writer import write_manifest
+from aesanet.export.writer import change_manifest, changing, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
@@ -125,18 +127,53 @@ def _graphs(bundle: Path, manifest: Manifest) -> dict[GraphName, GraphSpec]:
 
 def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, GraphSpec]) -> None:
     """Move a finished engine to its place and enter it into the manifest as that is now: minutes have passed."""
-    manifest = read_manifest(bundle)
-    if _graphs(bundle, manifest) != graphs:
-        raise CompileError(f"{bundle}: was exported anew meanwhile; compile it again")
-    place = bundle / ENGINES_FOLDER / engine.key
-    if place.exists():
-        shutil.rmtree(place)
-    folder.rename(place)
-    others = {key: sha256 for key, sha256 in manifest.engines.items() if key != engine.key}
-    engines = others | {engine.key: file_sha256(place / ENGINE_NAME)}
-    # What was found of an engine that is built anew says nothing of this one.
-    verified = {kind: found for kind, found in manifest.verified.items() if not kind.endswith(short_key(engine.key))}
-    write_manifest(bundle, msgspec.structs.replace(manifest, engines=engines, verified=verified))
+
+    def enter(manifest: Manifest) -> Manifest:
+        if _graphs(bundle, manifest) != graphs:
+            raise CompileError(f"{bundle}: was exported anew meanwhile; compile it again")
+        place = bundle / ENGINES_FOLDER / engine.key
+        if place.exists():
+            shutil.rmtree(place)
+        folder.rename(place)
+        # What was found of an engine that is built anew says nothing of this one.
+        manifest = without_engine(manifest, engine.key)
+        engines = manifest.engines | {engine.key: file_sha256(place / ENGINE_NAME)}
+        return msgspec.structs.replace(manifest, engines=engines)
+
+    change_manifest(bundle, enter)
+
+
+def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:
+    """Remove all engines of a bundle but the one with the key `kept`; returns how many, and their bytes.
+
+    Raises BundleError, and CompileError where that one is not there, or another cannot be removed.
+    """
+    bundle = Path(bundle)
+    count = size = 0
+    with changing(bundle):
+        manifest = read_manifest(bundle)
+        if kept not in manifest.engines:
+            raise CompileError(f"{bundle}: engine {short_key(kept)} was removed meanwhile; none is removed now")
+        manifest = reduce(without_engine, manifest.engines.keys() - {kept}, manifest)
+        try:
+            write_manifest(bundle, manifest)  # before the files: an engine that is told of must be there
+            for folder in (bundle / ENGINES_FOLDER).iterdir():
+                if re.fullmatch("[0-9a-f]{64}", folder.name) and folder.name != kept:
+                    removed = sum(file.stat().st_size for file in folder.iterdir())
+                    shutil.rmtree(folder)
+                    count, size = count + 1, size + removed
+        except OSError as error:
+            raise CompileError(
+                f"{bundle}: engines cannot be removed: {error.filename}: {error.strerror or error}"
+            ) from None
+    return count, size
+
+
+def without_engine(manifest: Manifest, key: str) -> Manifest:
+    """The manifest without an engine and what was found of it."""
+    engines = {other: sha256 for other, sha256 in manifest.engines.items() if other != key}
+    verified = {kind: found for kind, found in manifest.verified.items() if not kind.endswith(short_key(key))}
+    return msgspec.structs.replace(manifest, engines=engines, verified=verified)
 
 
 def _gpu() -> Gpu:

@@ -63,13 +63,16 @@ class Scorer:
         backend: BackendName | Literal["auto"] = "auto",
         precision: Precision | Literal["auto"] = "auto",
         threads: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> "Scorer":
         """Open a bundle folder on the fastest engine that fits; every file's hash is checked first.
+
+        cuda_graphs : on a GPU, launch what comes again as a whole; by default TensorRT does, and ONNX Runtime does not
 
         Raises BundleError (a damaged bundle) or BackendError (no such engine here).
         """
         files = open_files(bundle)
-        engine, reason = open_backend(files, backend, device, precision, threads)
+        engine, reason = open_backend(files, backend, device, precision, threads, cuda_graphs)
         return cls(files.manifest, engine, reason)
 
     @overload

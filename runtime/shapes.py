@@ -10,6 +10,12 @@ from typing import Final
 from aesanet.errors import BackendError
 from aesanet.lengths import HOP_SAMPLES, MIN_SAMPLES, PATCH_SIZE, SAMPLE_RATE
 
+CAPTURED_SAMPLES: Final = 160 * SAMPLE_RATE
+"""Of a batch, that are worth a CUDA graph: with more audio, giving kernels takes less than running them."""
+
+GRAPHS_KEPT: Final = 32
+"""CUDA graphs of each ONNX graph, that an engine keeps."""
+
 _PATCH_SAMPLES: Final = PATCH_SIZE * HOP_SAMPLES
 _EXACT_BATCH: Final = 16
 

@@ -250,12 +250,10 @@ def test_throughput_beside_what_the_processor_could_do(tiny_bundle, tmp_path, ca
     assert [line.split("|")[-2].strip() for line in reported[2:4]] == ["", "25.0%"]
 
 
-def test_only_compiled_engines_have_cuda_graphs_to_do_without(tiny_bundle, capsys):
-    for engine in (["--backend", "auto"], ["--backend", "onnxruntime"], ["--backend", "tensorrt", "--device", "cpu"]):
-        assert run("bench", "latency", tiny_bundle, "--no-cuda-graphs", *engine) == 2
-        assert "--no-cuda-graphs is for --backend tensorrt alone" in capsys.readouterr().err
-    assert run("bench", "latency", tiny_bundle, "--no-cuda-graphs", "--backend", "tensorrt") == 2
-    assert "the bundle has no FP16 graphs" in capsys.readouterr().err
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
+def test_a_processor_has_no_cuda_graphs(tiny_bundle, capsys, backend):
+    assert run("bench", "latency", tiny_bundle, "--cuda-graphs", "--backend", backend, "--device", "cpu") == 2
+    assert "CUDA graphs need a CUDA GPU" in capsys.readouterr().err
 
 
 def test_operations_of_a_config_that_is_none_are_refused(tiny_bundle):

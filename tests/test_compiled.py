@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import msgspec
@@ -260,6 +262,12 @@ def on_host(array):
         return array
     values = (ctypes.c_float * util.volume(array.shape)).from_address(array.ptr)
     return np.frombuffer(values, np.float32).reshape(array.shape).copy()
+
+
+def test_polygraphy_itself_is_not_there_before_it_is_told_which_tensorrt():
+    """Which it reads once."""
+    code = "import sys, aesanet.benchmarks.polygraphy; print('polygraphy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "rtx"])

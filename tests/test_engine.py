@@ -30,7 +30,7 @@ from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export import engine as engine_room
 from aesanet.export import half as half_room
 from aesanet.export.build import export_bundle
-from aesanet.export.compile import choose_flavour, compile_bundle
+from aesanet.export.compile import choose_flavour, compile_bundle, prune_engines
 from aesanet.export.engine import Settings, build_plan, layer_types, parse
 from aesanet.export.graph import export_graph
 from aesanet.export.half import add_half
@@ -203,6 +203,56 @@ def test_two_compiles_at_a_time_keep_both_engines(bundle, monkeypatch):
     manifest = read_manifest(bundle)
     assert len(manifest.engines) == 2
     assert len({read_engine(bundle, manifest, key).parts["profiles"] for key in manifest.engines}) == 2
+
+
+def test_all_engines_but_one_are_removed_and_nothing_else(bundle, capsys):
+    first, _ = compile_bundle(bundle, "rtx", SMALL)
+    kinds = ["openvino cpu fp32", f"tensorrt cuda fp16 {first.key[:16]}"]
+    found = not_opened(kinds[0], read_manifest(bundle), "fp32", "no reason")
+    manifest = msgspec.structs.replace(
+        read_manifest(bundle),
+        verified=dict.fromkeys(kinds, found),
+        # As nobody's bundle has it, but one from a stranger may.
+        engines=read_manifest(bundle).engines | {"../../kept": "0" * 64},
+    )
+    write_manifest(bundle, manifest)
+    outside = bundle.parent / "kept"
+    outside.mkdir()
+    size = sum(file.stat().st_size for file in (bundle / "engines" / first.key).iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", str(bundle), "--flavour", "rtx", "--profiles", "1:1", "--prune"])
+    assert stopped.value.code == 0
+    assert f"1 other engine removed, {size / 2**20:.1f} MiB" in capsys.readouterr().out
+    manifest = read_manifest(bundle)
+    (kept,) = manifest.engines
+    assert kept != first.key
+    assert read_engine(bundle, manifest, kept)
+    assert [path.name for path in (bundle / "engines").iterdir() if path.is_dir()] == [kept]
+    assert list(manifest.verified) == kinds[:1]
+    assert outside.is_dir()
+
+
+def test_no_engine_is_removed_for_one_that_is_gone(bundle):
+    engine, _ = compile_bundle(bundle, "rtx", SMALL)
+    with pytest.raises(CompileError, match="engine 0000000000000000 was removed meanwhile; none is removed now"):
+        prune_engines(bundle, kept="0" * 64)
+    assert read_engine(bundle, read_manifest(bundle), engine.key)
+
+
+def test_an_engine_that_cannot_be_removed_is_told(bundle, monkeypatch):
+    first, _ = compile_bundle(bundle, "rtx", SMALL)
+    second, _ = compile_bundle(bundle, "rtx", SMALL_TWO)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("aesanet.export.compile.shutil.rmtree", refuse)
+    with pytest.raises(CompileError, match=rf"engines cannot be removed: .*{first.key}: Permission denied"):
+        prune_engines(bundle, kept=second.key)
+    monkeypatch.undo()
+    assert list(read_manifest(bundle).engines) == [second.key]
+    assert prune_engines(bundle, kept=second.key)[0] == 1  # the folder that was left
+    assert not (bundle / "engines" / first.key).exists()
 
 
 def test_a_bundle_that_was_exported_anew_meanwhile_gets_no_old_engine(bundle, monkeypatch):

@@ -2,7 +2,6 @@
 
 import io
 import os
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -56,7 +55,6 @@ def test_clocks_are_of_every_gpu_and_of_the_cores_that_may_be_used(nvidia_smi, m
     assert clocks() == {"processor_mhz": 2500, "gpu_mhz": "1980; [N/A]"}
 
 
-@pytest.mark.skipif("cpu MHz" not in Path("/proc/cpuinfo").read_text(), reason="the system tells no clock")
-def test_the_clock_of_this_machine_is_between_those_of_its_cores():
-    clocks = [float(line.split(":")[1]) for line in Path("/proc/cpuinfo").read_text().splitlines() if "MHz" in line]
-    assert min(clocks) - 500 <= machine.processor_clock_mhz() <= max(clocks) + 500
+def test_the_clock_of_this_machine():
+    clock = machine.processor_clock_mhz()
+    assert clock is None or 100 < clock < 10_000

@@ -1,5 +1,7 @@
 """`aesanet verify`: bundles that are broken on purpose fail with what is wrong; good ones pass, and it is kept."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -22,7 +24,17 @@ from test_tensorrt import Simulated
 
 from aesanet.axes import AXES
 from aesanet.benchmarks.layers import compare_layers
-from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, Window, _axis, _edges, reference_scores, verify
+from aesanet.benchmarks.parity import (
+    SRCC_FROM,
+    SRCC_LIMIT,
+    Reference,
+    Window,
+    _axis,
+    _edges,
+    read_windows,
+    reference_scores,
+    verify,
+)
 from aesanet.benchmarks.parity_page import parity_page
 from aesanet.bundle import Verification, read_manifest
 from aesanet.cli.main import main
@@ -30,7 +42,11 @@ from aesanet.cli.verify import _worst
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.runtime.backends.base import Backend
+from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.inputs import read_rows
+from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import open_files
+from aesanet.runtime.windows import split_windows
 
 RECORDING = str(RECORDINGS[4])
 
@@ -222,6 +238,31 @@ def test_names_of_files_are_told_as_they_can_be(bundle, tiny_checkpoint, tmp_pat
     out = capsys.readouterr().out
     assert "\\x1b[31m.wav, window" in out
     assert "\x1b" not in out
+
+
+def test_audio_is_kept_in_a_file_window_by_window(tiny_model):
+    policy = tiny_model.config.window
+    windows = read_windows(read_rows([str(path) for path in RECORDINGS]), policy)
+    expected = [
+        (f"{path}, window {number + 1}", samples)
+        for path in RECORDINGS
+        for number, samples in enumerate(split_windows(ClipReader(Clip(str(path))), policy))
+    ]
+    assert [window.name for window in windows] == [name for name, _ in expected]
+    for window, (_, samples) in zip(windows, expected, strict=True):
+        assert isinstance(window.samples, np.memmap)
+        assert np.array_equal(window.samples, samples)
+        assert torch.from_numpy(window.samples).dtype == torch.float32  # and no complaint
+
+
+def test_a_full_disk_of_temporary_files_is_told_as_that(bundle, tiny_checkpoint, monkeypatch, capsys):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    assert check(bundle, tiny_checkpoint) == 2
+    assert "the audio cannot be kept there: No space left on device; TMPDIR names" in capsys.readouterr().err
 
 
 # Against engines that are made for it

@@ -11,7 +11,7 @@ import torch
 
 from aesanet.benchmarks.experiments.heads import epoch_rows, head_rows, head_table, plot_heads
 from aesanet.benchmarks.experiments.languages import language_rows, language_table, plot_languages
-from aesanet.benchmarks.tables import provenance, write_rows
+from aesanet.benchmarks.experiments.tables import provenance, write_rows
 from aesanet.machine import usable_cores
 from aesanet.training.demo import sources, synthetic
 from aesanet.training.demo.corpus import packages_folder

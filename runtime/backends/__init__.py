@@ -9,7 +9,7 @@ from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precisio
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 
-_Open = Callable[[BundleFiles, Device, Precision, int | None], Backend]
+_Open = Callable[[BundleFiles, Device, Precision, int | None, bool | None], Backend]
 _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
     "onnxruntime": (onnxruntime.OnnxRuntimeBackend, onnxruntime.support),
     "openvino": (openvino.OpenVINOBackend, openvino.support),
@@ -38,15 +38,23 @@ def open_backend(
     device: Device | Literal["auto"] = "auto",
     precision: Precision | Literal["auto"] = "auto",
     threads: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> tuple[Backend, str]:
     """Open the fastest engine that fits what was asked for, and say why it was taken.
+
+    cuda_graphs : on a GPU, with or without; None leaves it to the engine
 
     Raises BackendError that says what the machine's engines can do and what to install.
     """
     here = supported_backends()
     failed: list[str] = []
     for engine, on, in_precision, reason in _FASTEST_FIRST:
-        asked = (name in ("auto", engine), device in ("auto", on), precision in ("auto", in_precision))
+        asked = (
+            name in ("auto", engine),
+            device in ("auto", on),
+            precision in ("auto", in_precision),
+            on == "cuda" or not cuda_graphs,
+        )
         if not all(asked):
             continue
         if (on, in_precision) not in here[engine].runs:
@@ -55,7 +63,7 @@ def open_backend(
             failed.append(f"{engine} {on} {in_precision}: {missing}")
             continue
         try:
-            backend = _ENGINES[engine][0](files, on, in_precision, threads)
+            backend = _ENGINES[engine][0](files, on, in_precision, threads, cuda_graphs)
         except Exception as error:  # engines raise what they like; the next one may do
             failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
             continue
@@ -65,15 +73,19 @@ def open_backend(
             failed.append("fp16 needs a CUDA GPU, and TensorRT or onnxruntime-gpu")
         if not files.fp16:
             failed.append(_NO_HALF)
+    if cuda_graphs and (device == "cpu" or not any("cuda" in dict(support.runs) for support in here.values())):
+        failed.append("CUDA graphs need a CUDA GPU, and TensorRT or onnxruntime-gpu")
     found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(
         f"no engine for backend={name}, device={device}, precision={precision} on this machine ({found})"
     )
 
 
-def open_exactly(files: BundleFiles, name: BackendName, device: Device, precision: Precision) -> Backend:
+def open_exactly(
+    files: BundleFiles, name: BackendName, device: Device, precision: Precision, cuda_graphs: bool | None = None
+) -> Backend:
     """Open one engine and no other; raises what it raises."""
-    return _ENGINES[name][0](files, device, precision, None)
+    return _ENGINES[name][0](files, device, precision, None, cuda_graphs)
 
 
 _NO_HALF = "the bundle has no FP16 graphs, which `aesanet export --fp16` makes"

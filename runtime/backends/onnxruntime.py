@@ -1,13 +1,14 @@
 """ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from aesanet.bundle import GRAPH_NAMES
+from aesanet.bundle import GRAPH_NAMES, GraphName
 from aesanet.errors import BackendError
-from aesanet.lengths import num_tokens
+from aesanet.lengths import SAMPLE_RATE, TOKENS_PER_PATCH, num_tokens
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
@@ -17,71 +18,120 @@ from aesanet.runtime.backends.base import (
     Support,
     mean_over_tokens,
 )
+from aesanet.runtime.backends.captured import CapturedRuns, run_options
+from aesanet.runtime.shapes import CAPTURED_SAMPLES
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
 
+_Found = TypeVar("_Found")
+
 
 class OnnxRuntimeBackend(Backend):
-    """Three sessions on one device."""
+    """Three sessions on one device.
 
-    def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
+    cuda_graphs : on a GPU, capture front end and encoder where shapes come again (see captured.py)
+
+    Raises BackendError where that is asked for and cannot be had.
+    """
+
+    def __init__(
+        self,
+        files: BundleFiles,
+        device: Device,
+        precision: Precision,
+        threads: int | None,
+        cuda_graphs: bool | None = None,
+    ) -> None:
         import onnxruntime
 
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
+        capturing = device == "cuda" and cuda_graphs is True
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: one a physical core
         options.log_severity_level = 3
-        # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
-        providers: list[Any] = [("CUDAExecutionProvider", {"use_tf32": 0})] if device == "cuda" else []
-        providers.append("CPUExecutionProvider")
         paths = {**files.fp32, **(files.fp16 if precision == "fp16" else {})}
+
+        def session(name: GraphName) -> Any:
+            # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
+            cuda = {"use_tf32": 0, **({"enable_cuda_graph": 1} if capturing and name != "head" else {})}
+            providers: list[Any] = [("CUDAExecutionProvider", cuda)] if device == "cuda" else []
+            return onnxruntime.InferenceSession(paths[name], options, providers=[*providers, "CPUExecutionProvider"])
+
         self._device = device
-        self._frontend, self._encoder, self._head = (
-            onnxruntime.InferenceSession(paths[name], options, providers=providers) for name in GRAPH_NAMES
-        )
+        self._frontend, self._encoder, self._head = (session(name) for name in GRAPH_NAMES)
         # A provider that cannot start is passed over with no error.
         if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
-        self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
+        graphs = " with CUDA graphs" if capturing else ""
+        self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}{graphs}"
         self.precision: Precision = precision
-        self.kind = f"onnxruntime {device} {precision}"
+        self.kind = f"onnxruntime {device} {precision}{graphs}"
+        self._captured = CapturedRuns(onnxruntime, self._frontend, self._encoder) if capturing else None
+        self._uncaptured = run_options(onnxruntime) if capturing else None
+        self._owner = ThreadPoolExecutor(1) if capturing else None
+        if capturing:
+            self._try(files.manifest.window.window_samples)
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
-        return self._features_and_scores(waveform, num_samples)[1]
+        return self._in_turn(self._score, waveform, num_samples, False)[0]
 
     def submit_embedded(self, waveform: np.ndarray, num_samples: np.ndarray) -> PendingEmbedded:
         """As `Backend.submit_embedded`."""
-        features, scores = self._features_and_scores(waveform, num_samples)
-        found = scores, mean_over_tokens(features.numpy(), num_tokens(num_samples))
+        found = self._in_turn(self._score, waveform, num_samples, True)
         return lambda: found
 
     def features(self, fbank: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
-        """As `Backend.features`."""
-        found = _run(self._encoder, {"fbank": fbank, "num_tokens": num_tokens}, "features", "cpu")
-        return np.asarray(found.numpy())
+        """As `Backend.features`, never as a CUDA graph."""
+        inputs = {"fbank": fbank, "num_tokens": num_tokens}
+        return np.asarray(self._in_turn(_run, self._encoder, inputs, "features", "cpu", self._uncaptured).numpy())
 
     def batch_seconds(self, window_seconds: float) -> float:
-        """As `Backend.batch_seconds`."""
-        return _GPU_BATCH_WINDOWS * window_seconds if self._device == "cuda" else super().batch_seconds(window_seconds)
+        """As `Backend.batch_seconds`: with CUDA graphs, no more than is worth one."""
+        if self._device == "cpu":
+            return super().batch_seconds(window_seconds)
+        windows = _GPU_BATCH_WINDOWS
+        if self._captured is not None:
+            windows = max(1, min(windows, int(CAPTURED_SAMPLES / SAMPLE_RATE / window_seconds)))
+        return windows * window_seconds
 
-    def _features_and_scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> tuple[Any, np.ndarray]:
-        """The features as a value of ONNX Runtime, wherever they are, and the scores."""
-        tokens = num_tokens(num_samples)
-        fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device)
-        features = _run(self._encoder, {"fbank": fbank, "num_tokens": tokens}, "features", self._device)
-        scores = _run(self._head, {"features": features, "num_tokens": tokens}, "scores", "cpu")
-        return features, np.asarray(scores.numpy())
+    def _in_turn(self, work: Callable[..., _Found], *given: Any) -> _Found:
+        """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""
+        return work(*given) if self._owner is None else self._owner.submit(work, *given).result()
+
+    def _try(self, window_samples: int) -> None:
+        """Capture a window of noise: who asked for graphs hears now, and not after hours, that there are none."""
+        noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
+        for _ in range(2):  # the first time, nobody knows that a shape comes again
+            self.scores(noise, np.array([window_samples]))
+        if not self._captured:
+            raise BackendError(f"windows of {window_samples / SAMPLE_RATE:g} s are too long to gain from CUDA graphs")
+
+    def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of a batch, and embeddings or nothing."""
+        batch, tokens = len(num_samples), num_tokens(num_samples)
+        features = self._captured.features(waveform, tokens) if self._captured is not None else None
+        if features is None:
+            fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device, self._uncaptured)
+            inputs = {"fbank": fbank, "num_tokens": tokens}
+            features = _run(self._encoder, inputs, "features", self._device, self._uncaptured)
+        counted = np.full(features.shape()[0], TOKENS_PER_PATCH, np.int64)
+        counted[:batch] = tokens
+        scores = _run(self._head, {"features": features, "num_tokens": counted}, "scores", "cpu")
+        embeddings = np.zeros((0, 0), np.float32)
+        if embedded:
+            embeddings = mean_over_tokens(features.numpy()[:batch], tokens)
+        return np.asarray(scores.numpy())[:batch], embeddings
 
 
-def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device) -> Any:
+def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device, options: Any = None) -> Any:
     """One graph's output as a value of ONNX Runtime that stays on the device; so does an input that is one."""
     binding = session.io_binding()
     for name, value in inputs.items():
         (binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input)(name, value)
     binding.bind_output(output, device)
-    session.run_with_iobinding(binding)
+    session.run_with_iobinding(binding, options)
     (value,) = binding.get_outputs()
     return value
 

@@ -24,7 +24,14 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 class OpenVINOBackend(Backend):
     """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
 
-    def __init__(self, files: BundleFiles, device: Device, precision: Precision, threads: int | None) -> None:
+    def __init__(
+        self,
+        files: BundleFiles,
+        device: Device,
+        precision: Precision,
+        threads: int | None,
+        cuda_graphs: bool | None = None,
+    ) -> None:
         from openvino import Core
 
         self._turn = Lock()  # a request holds one call's tensors

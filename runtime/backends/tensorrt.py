@@ -33,14 +33,12 @@ from aesanet.runtime.backends.base import (
     mean_over_tokens,
 )
 from aesanet.runtime.device import Blocks, CudaDevice
-from aesanet.runtime.shapes import Profile, choose_profile
+from aesanet.runtime.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile
 from aesanet.runtime.slots import Batch, Part, Slot
 from aesanet.runtime.stage import Run, Shapes, Stage
 
 _SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
-_GRAPHS_KEPT: Final = 32
 _ALIGNMENT: Final = 256  # bytes, that TensorRT asks of every address
-_CAPTURED_SAMPLES: Final = 160 * SAMPLE_RATE  # of a batch: with more audio, giving layers takes less than running them
 _FLOAT32: Final = 4
 _INT64: Final = 8
 
@@ -63,7 +61,7 @@ class TensorRTBackend(Backend):
     precision: Precision = "fp16"
 
     def __init__(
-        self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = _GRAPHS_KEPT
+        self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = GRAPHS_KEPT
     ) -> None:
         self.name = f"{trt.__name__} {trt.__version__} cuda fp16{'' if graphs_kept else ' without CUDA graphs'}"
         self._device = device
@@ -206,7 +204,7 @@ class TensorRTBackend(Backend):
                 waveform = batch.waveform.address
             else:
                 self._device.copy(waveform, batch.waveform.address, rows * samples * _FLOAT32, self._encoding)
-        capture = rows * samples <= _CAPTURED_SAMPLES
+        capture = rows * samples <= CAPTURED_SAMPLES
         shapes = self._shapes(rows, samples)
         fbank = ("fbank", blocks["fbank"])
         counts, encoded = ("num_tokens", tokens), ("features", features)
@@ -327,16 +325,16 @@ def _close(
 
 
 def open_tensorrt(
-    files: BundleFiles, device: Device, precision: Precision, threads: int | None, graphs_kept: int = _GRAPHS_KEPT
+    files: BundleFiles, device: Device, precision: Precision, threads: int | None, cuda_graphs: bool | None = None
 ) -> TensorRTBackend:
-    """The last compiled of a bundle's engines that can run here; `graphs_kept` as of `TensorRTBackend`.
+    """The last compiled of a bundle's engines that can run here, with CUDA graphs unless they are not wanted.
 
     Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
     """
     cuda = load_cuda()
 
     def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
-        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept)
+        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), 0 if cuda_graphs is False else GRAPHS_KEPT)
         _try(backend, files.manifest.window.window_samples)
         backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
         return backend

@@ -1,0 +1,201 @@
+"""ONNX Runtime's CUDA graphs: the same scores, within bounds, and none where they cannot be had.
+
+On what stands for its CUDA provider (see simulated_cuda_provider), and on a real one where there is one (`-m gpu`).
+"""
+
+import csv
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import RECORDINGS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_cuda_provider import CudaProvider
+
+from aesanet.bundle import read_manifest
+from aesanet.cli.main import main
+from aesanet.errors import BackendError
+from aesanet.lengths import MIN_SAMPLES, num_frames, num_tokens
+from aesanet.runtime.backends import captured, onnxruntime, open_exactly
+from aesanet.runtime.scorer import Scorer, open_files
+from aesanet.runtime.shapes import CAPTURED_SAMPLES
+from aesanet.runtime.windows import pad_batch
+
+REAL = ("cuda", "fp32") in onnxruntime.support().runs
+
+
+@pytest.fixture
+def provider(monkeypatch):
+    """A machine whose onnxruntime has CUDA."""
+    found = CudaProvider()
+    monkeypatch.setitem(sys.modules, "onnxruntime", found)
+    return found
+
+
+@pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])
+def bundle(request, tiny_bundle):
+    if request.param == "real" and not REAL:
+        pytest.skip("ONNX Runtime has no CUDA here")
+    if request.param == "simulated":
+        request.getfixturevalue("provider")
+    return tiny_bundle
+
+
+def opened(bundle, **options):
+    return open_exactly(open_files(bundle), "onnxruntime", "cuda", "fp32", **options)
+
+
+def clips(rng, lengths):
+    return pad_batch([rng.normal(0, 0.1, length).astype(np.float32) for length in lengths])
+
+
+lengths = st.lists(st.integers(MIN_SAMPLES, 20_000), min_size=1, max_size=5)
+
+
+def test_scores_are_those_without_graphs_however_shapes_come_again(bundle):
+    with_graphs, without = opened(bundle, cuda_graphs=True), opened(bundle)
+
+    @settings(max_examples=15)
+    @given(st.lists(lengths, min_size=1, max_size=3), st.randoms(use_true_random=False))
+    def check(shapes, random):
+        rng = np.random.default_rng(random.getrandbits(32))
+        for shape in (random.choice(shapes) for _ in range(8)):
+            batch = clips(rng, shape)
+            expected = without.scores(*batch)
+            assert with_graphs.scores(*batch).shape == expected.shape
+            assert np.allclose(with_graphs.scores(*batch), expected, atol=1e-4)
+            ours, theirs = with_graphs.submit_embedded(*batch)(), without.submit_embedded(*batch)()
+            assert np.allclose(ours[0], theirs[0], atol=1e-4)
+            assert np.allclose(ours[1], theirs[1], atol=1e-3)
+
+    check()
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_launched_from_then_on(provider, tiny_bundle):
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    frontend, encoder, _ = provider.sessions
+    assert (len(encoder.graphs), encoder.replays) == (1, 1)  # of a window, on opening
+    rng = np.random.default_rng(0)
+    for turn, (graphs, replays) in enumerate([(1, 1), (2, 2), (2, 3), (2, 4)]):
+        backend.scores(*clips(rng, [8_000 - turn, 3_000]))  # all of one shape, once they are padded
+        assert (len(encoder.graphs), encoder.replays) == (len(frontend.graphs), frontend.replays) == (graphs, replays)
+
+
+def test_no_graph_for_large_batches_nor_beyond_the_bound(provider, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(captured, "GRAPHS_KEPT", 3)
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    _, encoder, _ = provider.sessions
+    rng = np.random.default_rng(0)
+    large = CAPTURED_SAMPLES // 50_000 + 1
+    for _ in range(3):
+        backend.scores(*clips(rng, [50_000] * large))
+    assert len(encoder.graphs) == 1
+    for length in (4_000, 8_000, 12_000, 16_000):
+        for _ in range(3):
+            backend.scores(*clips(rng, [length]))
+    assert len(encoder.graphs) == 3
+    assert encoder.replays == 1 + 2 + 2
+
+
+def test_threads_take_turns(provider, tiny_bundle):
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    plain = opened(tiny_bundle)
+    batches = [clips(np.random.default_rng(n), [3_000 + 2_000 * (n % 5), 4_000]) for n in range(40)]
+    fbank = np.random.default_rng(0).normal(0, 1, (2, num_frames(9_000), 128)).astype(np.float32)
+    tokens = num_tokens(np.array([9_000, 4_000]))
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(backend.scores, *batch) for batch in batches]
+        features = [pool.submit(backend.features, fbank, tokens) for _ in range(4)]
+        for batch, future in zip(batches, found, strict=True):
+            assert np.allclose(future.result(), plain.scores(*batch), atol=2e-5)
+        for future in features:
+            assert np.allclose(future.result(), plain.features(fbank, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("refused", "have not been partitioned"),
+        ("invalidated", "ONNX Runtime's CUDA graphs failed: CUDA failure 901.*; do without --cuda-graphs"),
+        ("stale", "a CUDA graph of ONNX Runtime gives other features than its kernels one by one; do without"),
+    ],
+)
+def test_who_asks_for_graphs_that_cannot_be_had_is_told_at_once(provider, tiny_bundle, fault, told):
+    provider.fault = fault
+    engine = {"backend": "onnxruntime", "device": "cuda", "precision": "fp32"}
+    with pytest.raises(BackendError, match=f"onnxruntime cuda fp32 could not load the bundle: .*{told}"):
+        Scorer.open(tiny_bundle, **engine, cuda_graphs=True)
+    for graphs in (None, False):
+        assert Scorer.open(tiny_bundle, **engine, cuda_graphs=graphs).backend.kind == "onnxruntime cuda fp32"
+
+
+@pytest.mark.parametrize("fault", ["invalidated", "stale"])
+def test_a_graph_that_fails_later_is_an_error_and_no_score(provider, tiny_bundle, fault):
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    provider.fault = fault
+    batch = clips(np.random.default_rng(0), [8_000, 3_000])
+    assert np.allclose(backend.scores(*batch), opened(tiny_bundle).scores(*batch), atol=2e-5)
+    with pytest.raises(BackendError, match=r"CUDA graph.*do without --cuda-graphs"):
+        backend.scores(*batch)
+
+
+def test_windows_too_long_for_a_graph_are_told(provider, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(captured, "CAPTURED_SAMPLES", 60_000)
+    with pytest.raises(BackendError, match="windows of 4 s are too long to gain from CUDA graphs"):
+        opened(tiny_bundle, cuda_graphs=True)
+
+
+def test_score_makes_batches_that_are_worth_a_graph(provider, tiny_bundle):
+    assert opened(tiny_bundle).batch_seconds(10.0) == 640.0
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    assert [backend.batch_seconds(seconds) for seconds in (2.0, 10.0, 30.0, 100.0)] == [128.0, 160.0, 150.0, 100.0]
+
+
+def test_graphs_are_asked_for_and_another_engine_by_name(provider, tiny_bundle, tmp_path, capsys):
+    command = ["bench", "latency", str(tiny_bundle), "--batches", "1", "--seconds", "0.5", "--most", "0"]
+    engine = ["--backend", "onnxruntime", "--device", "cuda", "--precision", "fp32"]
+    names = []
+    for more in ([], ["--no-cuda-graphs"], ["--cuda-graphs"]):
+        out = tmp_path / f"{len(names)}.csv"
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *engine, *more, "--out", str(out)])
+        assert stopped.value.code == 0
+        with open(out, newline="") as file:
+            names += [row["engine"] for row in csv.DictReader(file)]
+    name = f"onnxruntime {provider.__version__} cuda fp32"
+    assert names == [name, name, f"{name} with CUDA graphs"]
+
+
+@pytest.mark.usefixtures("provider")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_verify_holds_them_to_the_checkpoint_where_they_are_asked_for(
+    tiny_bundle, tiny_checkpoint, tmp_path, capsys, graphs
+):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    command = ["verify", str(bundle), "--checkpoint", str(tiny_checkpoint), "--audio", str(RECORDINGS[0])]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--backend", "onnxruntime", *["--cuda-graphs"] * graphs])
+    assert stopped.value.code == 0
+    kinds = ["onnxruntime cuda fp32", *["onnxruntime cuda fp32 with CUDA graphs"] * graphs]
+    assert [kind for kind in read_manifest(bundle).verified if "cuda" in kind] == kinds
+    capsys.readouterr()
+    engine = ["--backend", "onnxruntime", "--device", "cuda", "--precision", "fp32", "--cuda-graphs"]
+    with pytest.raises(SystemExit):
+        main(["score", str(bundle), str(RECORDINGS[0]), *engine])
+    told = (
+        "this bundle was never verified on onnxruntime cuda fp32 with CUDA graphs: `aesanet verify --cuda-graphs` does"
+    )
+    assert (told in capsys.readouterr().err) == (not graphs)
+
+
+def test_a_graph_that_fails_does_not_pass(provider, tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    provider.fault = "stale"
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    command = ["verify", str(bundle), "--checkpoint", str(tiny_checkpoint), "--audio", str(RECORDINGS[0])]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--backend", "onnxruntime", "--cuda-graphs"])
+    assert stopped.value.code == 1
+    assert "onnxruntime cuda fp32 with CUDA graphs: FAILED; it cannot load the bundle: " in capsys.readouterr().out
