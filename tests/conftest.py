@@ -30,6 +30,16 @@ def measured():
     return _MEASURED
 
 
+def pytest_sessionfinish(session):
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # a process of several: to the first
+        output["measured"] = _MEASURED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    _MEASURED.update(getattr(node, "workeroutput", {}).get("measured", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     for name, value in _MEASURED.items():
         terminalreporter.write_line(f"measured: {name}: {value}")

@@ -312,7 +312,9 @@ class SimulatedTensorRT:
 class SimulatedEngine:
     def __init__(self, trt, logger, plan):
         self.trt, self.logger, self.shapes, self.output = trt, logger, plan["shapes"], plan["output"]
-        self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # more would wait for each other, and spin
+        self.session = onnxruntime.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
         self.num_optimization_profiles = len(next(iter(self.shapes.values())))
         self.num_io_tensors = len(self.shapes) + 1
 
