@@ -7,6 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from aesanet.benchmarks.records import read_rows_of
+from aesanet.benchmarks.report import part_of
 from aesanet.errors import InputError
 
 _COLOURS: Final = ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0", "#8a8a00", "#a03060")
@@ -52,6 +53,6 @@ def _shape(row: dict[str, str]) -> str:
     if not row.get("batch"):
         return ""
     if row.get("part"):
-        return f"{row['part']}, batch {row['batch']}"
+        return f"{part_of(row)}, batch {row['batch']}"
     of_seconds = f" of {float(row['clip_seconds']):g} s" if row.get("clip_seconds") else ""
     return f"{row['batch']} clip{'' if row['batch'] == '1' else 's'}{of_seconds}"

@@ -128,11 +128,18 @@ def _backends(rows: Sequence[Row]) -> Table:
     return header, cells
 
 
+def part_of(row: Row) -> str:
+    """What contestants did, with the mean length of files, which need not be that of windows."""
+    if row["part"] != "files":
+        return row["part"]
+    return f"files of {float(row['audio_seconds']) / int(row['clips']):.3g} s"
+
+
 def _peers(rows: Sequence[Row]) -> Table:
     cells = [
         [
             f"{row['contestant']} {row['precision']}",
-            row["part"],
+            part_of(row),
             row["batch"],
             f"{_number(row['seconds_median'])} for {_number(row['audio_seconds'])}",
             *(_number(row[name]) if row[name] else "" for name in ("x_real_time", "x_pytorch", "x_audiobox")),

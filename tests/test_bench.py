@@ -419,6 +419,25 @@ def test_speeds_are_drawn_each_as_long_as_it_is_fast(tmp_path):
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "speeds.svg").read_bytes()
 
 
+def test_files_of_one_length_are_not_those_of_another(tmp_path, capsys):
+    """Though their batches are the same."""
+    row = COLD | {"contestant": "beads", "precision": "fp32", "part": "files", "batch": "4", "seconds_median": "2"}
+    row |= {"x_real_time": "5", "x_pytorch": "1", "x_audiobox": "", "clips": "8"}
+    encoder = row | {"part": "encoder", "audio_seconds": "80.0"}
+    del row["engine"], encoder["engine"]
+    write_csv(tmp_path / "peers.csv", row | {"audio_seconds": "80.0"}, row | {"audio_seconds": "63.2"}, encoder)
+    assert run("bench", "report", "--plot", tmp_path / "peers.csv") == 0
+    lines = capsys.readouterr().out.splitlines()[2:5]
+    assert [line.split(" | ")[1:4] for line in lines] == [
+        ["files of 10 s", "4", "2.00 for 80.0"],
+        ["files of 7.9 s", "4", "2.00 for 63.2"],
+        ["encoder", "4", "2.00 for 80.0"],
+    ]
+    drawing = (tmp_path / "peers.svg").read_text()
+    for shape in ("files of 10 s, batch 4", "files of 7.9 s, batch 4", "encoder, batch 4"):
+        assert f"<!-- {shape} -->" in drawing
+
+
 def test_what_is_no_file_of_bench(tmp_path, capsys):
     write_csv(tmp_path / "x.csv", {"a": 1})
     assert run("bench", "report", tmp_path / "x.csv") == 2
