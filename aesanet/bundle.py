@@ -30,7 +30,10 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One ONNX file of a bundle."""
+    """One graph of a bundle: an ONNX file, and perhaps one with its weights, which engines map and need not read.
+
+    `sha256` is of both, the weights after the graph.
+    """
 
     file: str
     sha256: str
@@ -38,6 +41,7 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    weights: str | None = None
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,12 +206,18 @@ def read_manifest(bundle: str | Path) -> Manifest:
 
 
 def graph_file(bundle: str | Path, spec: GraphSpec) -> Path:
-    """The path of a graph's ONNX file, once its hash was seen to be the manifest's; raises BundleError."""
-    path = Path(bundle) / spec.file
-    if Path(spec.file).name != spec.file or not path.is_file():
-        raise BundleError(f"{path}: no such file in the bundle; export the checkpoint again")
-    if (found := file_sha256(path)) != spec.sha256:
+    """The path of a graph's ONNX file, once its hash, and its weights', was seen to be the manifest's.
+
+    Raises BundleError.
+    """
+    names = [spec.file] if spec.weights is None else [spec.file, spec.weights]
+    paths = [Path(bundle) / name for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if Path(name).name != name or not path.is_file():
+            raise BundleError(f"{path}: no such file in the bundle; export the checkpoint again")
+    if (found := file_sha256(*paths)) != spec.sha256:
         raise BundleError(
-            f"{path}: sha256 is {found}, but the manifest says {spec.sha256}; export the checkpoint again"
+            f"{' with '.join(map(str, paths))}: sha256 is {found}, but the manifest says {spec.sha256}; "
+            "export the checkpoint again"
         )
-    return path
+    return paths[0]

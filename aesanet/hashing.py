@@ -4,7 +4,10 @@ import hashlib
 from pathlib import Path
 
 
-def file_sha256(path: str | Path) -> str:
-    """Lower-case hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(*paths: str | Path) -> str:
+    """Lower-case hex sha256 of a file's bytes, or of several files' one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

@@ -28,11 +28,15 @@ _AXES = {
     "tokens": Dim("tokens", min=TOKENS_PER_PATCH, max=2**16),
 }
 _EXAMPLE_SIZES = {"batch": 2, "samples": 20_000, "frames": 122, "tokens": 56}
+_INSIDE_BYTES = 2**26  # of a graph with its weights; base size, 362 MB: read in .56 s by OpenVINO, and mapped in .03 s
 _FOLD_LIMIT = 2**30  # bytes: fold every constant, as engines want weights and not arithmetic on weights
 
 
 def export_graph(model: AESANet, name: GraphName, path: Path) -> GraphSpec:
-    """Write one graph of the model as ONNX with its weights inside; raises ExportError when an axis came out fixed."""
+    """Write one graph of the model as ONNX, with large weights in a file beside it.
+
+    Raises ExportError when an axis came out fixed.
+    """
     inputs, outputs = signature(name, model.config.beats.encoder_embed_dim)
     module: nn.Module = getattr(model, name)
     with torch.no_grad(), _quiet():
@@ -55,8 +59,15 @@ def export_graph(model: AESANet, name: GraphName, path: Path) -> GraphSpec:
     for spec, value in zip(inputs + outputs, (*proto.graph.input, *proto.graph.output), strict=True):
         _check_and_name_axes(name, spec, value)
     onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, path)
-    return GraphSpec(path.name, file_sha256(path), "fp32", OPSET, inputs, outputs)
+    weights = None
+    if proto.ByteSize() > _INSIDE_BYTES:
+        weights = path.with_suffix(".weights")
+        onnx.save(proto, path, save_as_external_data=True, location=weights.name)
+        weights.chmod(path.stat().st_mode)  # onnx leaves it to its owner alone
+    else:
+        onnx.save(proto, path)
+    sha256 = file_sha256(path, *([weights] if weights else []))
+    return GraphSpec(path.name, sha256, "fp32", OPSET, inputs, outputs, weights and weights.name)
 
 
 def _example(spec: TensorSpec) -> Tensor:

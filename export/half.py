@@ -88,12 +88,13 @@ def in_words(logits: Mapping[GraphName, GraphPrecision]) -> str:
 
 
 def _write_half(folder: Path, spec: GraphSpec, logits: GraphPrecision) -> GraphSpec:
-    model = ir.load(folder / spec.file)
+    """With its weights inside, as TensorRT's parser takes it."""
+    model = ir.external_data.load_to_model(ir.load(folder / spec.file))
     to_half(model, logits)
     path = folder / f"{Path(spec.file).stem}.fp16.onnx"
     ir.save(model, path)
     onnx.checker.check_model(path, full_check=True)
-    return msgspec.structs.replace(spec, file=path.name, sha256=file_sha256(path), precision="fp16")
+    return msgspec.structs.replace(spec, file=path.name, sha256=file_sha256(path), precision="fp16", weights=None)
 
 
 def round_as_written(model: ir.Model) -> None:

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import hashlib
 import json
 import resource
 import shutil
@@ -11,9 +13,11 @@ import pytest
 import torch
 from conftest import RECORDINGS
 from helpers import make_loud, public_beats_file, random_model, tiny_config
+from onnx import numpy_helper
 
+from aesanet.benchmarks.layers import compare_layers
 from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
-from aesanet.errors import CheckpointError, ExportError
+from aesanet.errors import BundleError, CheckpointError, ExportError
 from aesanet.export import parity
 from aesanet.export.build import export_bundle
 from aesanet.export.graph import export_graph
@@ -23,7 +27,7 @@ from aesanet.lengths import WindowPolicy, num_tokens
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.models.config import AESANetConfig
-from aesanet.runtime.scorer import Scorer
+from aesanet.runtime.scorer import Scorer, open_files
 
 
 def onnx_scores(bundle, waveform, num_samples):
@@ -192,6 +196,71 @@ def test_a_bad_checkpoint_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
+@pytest.fixture(scope="module")
+def weights_beside(tiny_checkpoint, clips, tmp_path_factory):
+    """The tiny network with the weights of all three graphs beside them, as large ones have them."""
+    out = tmp_path_factory.mktemp("bundles") / "beside.bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aesanet.export.graph._INSIDE_BYTES", 0)
+        export_bundle(tiny_checkpoint, out, half_on=clips)
+    return out
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_beside_a_graph_change_no_score(weights_beside, half_bundle, backend):
+    assert {spec.weights for spec in read_manifest(half_bundle).graphs.values()} == {None}
+    ours, theirs = (
+        [dataclasses.astuple(scores) for scores in Scorer.open(bundle, backend=backend).score(list(RECORDINGS))]
+        for bundle in (weights_beside, half_bundle)
+    )
+    assert np.allclose(ours, theirs, atol=1e-6)
+
+
+def test_every_weight_is_in_the_one_file_or_the_other(weights_beside, half_bundle):
+    for name, spec in read_manifest(weights_beside).graphs.items():
+        graph, weights = weights_beside / spec.file, weights_beside / spec.weights
+        assert spec.weights == f"{name}.weights"
+        assert weights.stat().st_mode == graph.stat().st_mode
+        assert spec.sha256 == hashlib.sha256(graph.read_bytes() + weights.read_bytes()).hexdigest()
+        whole = (half_bundle / spec.file).stat().st_size
+        assert whole * 0.9 < graph.stat().st_size + weights.stat().st_size < whole * 1.5
+        ours, theirs = (
+            {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+            for path in (graph, half_bundle / spec.file)
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[tensor], theirs[tensor]) for tensor in ours)
+
+
+@pytest.mark.parametrize("graph", ["frontend", "encoder", "head"])
+def test_changed_or_missing_weights_are_refused(weights_beside, tmp_path, graph):
+    bundle = shutil.copytree(weights_beside, tmp_path / "b")
+    weights = bundle / f"{graph}.weights"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{graph}\.onnx with .*{graph}\.weights: sha256 is"):
+        Scorer.open(bundle)
+    weights.unlink()
+    with pytest.raises(BundleError, match=rf"{graph}\.weights: no such file in the bundle; export"):
+        Scorer.open(bundle)
+
+
+def test_half_graphs_need_no_file_beside_them(weights_beside, tmp_path):
+    for spec in read_manifest(weights_beside).half.graphs.values():
+        assert spec.weights is None
+        alone = shutil.copy(weights_beside / spec.file, tmp_path)
+        assert spec.sha256 == file_sha256(alone)
+        onnxruntime.InferenceSession(alone, providers=["CPUExecutionProvider"])
+
+
+def test_every_layer_agrees_with_weights_beside(weights_beside, tiny_model):
+    waveform = np.random.default_rng(0).normal(0, 0.1, 20_000).astype(np.float32)
+    found = list(compare_layers(tiny_model, open_files(weights_beside), waveform))
+    assert len(found) == 5
+    assert all(layers.first is None for layers in found)
+
+
 @pytest.mark.slow
 def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path, measured):
     """The real thing in size: a head trained on a (random) BEATs file in the public layout, 361 MB."""
@@ -216,6 +285,12 @@ def test_base_size_with_a_public_beats_file_exports_and_scores(tmp_path, measure
     )
     assert memory_gb < 6
     assert manifest.source.beats_sha256 == file_sha256(beats)
+
+    assert manifest.graphs["encoder"].weights == "encoder.weights"
+    assert {name: spec.weights for name, spec in manifest.graphs.items() if name != "encoder"} == {
+        "frontend": None,
+        "head": None,
+    }
 
     scorers = [Scorer.open(tmp_path / "base.bundle", backend=b, precision="fp32") for b in ("onnxruntime", "openvino")]
     results = [scorer.score(list(RECORDINGS)) for scorer in scorers]
