@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from aesanet.benchmarks.records import WHERE
+from aesanet.benchmarks.records import TIMED
 from aesanet.errors import InputError
 from aesanet.machine import peak_memory_mib
 from aesanet.runtime.backends.base import Backend, Pending
@@ -26,7 +26,7 @@ from aesanet.runtime.rows import Row
 from aesanet.runtime.scorer import Scorer, output_row
 
 END_TO_END_COLUMNS: Final = (
-    *WHERE,
+    *TIMED,
     *"files clips failed audio_seconds workers batch_seconds batches padding rounds".split(),
     *"decoding_seconds engine_seconds end_to_end_seconds share_of_slower x_real_time".split(),
     *"engine_share waiting_share decoders_share peak_memory_mib".split(),

@@ -17,17 +17,17 @@ from typing import Any, Final
 import numpy as np
 from scipy import stats
 
-from aesanet.benchmarks.records import WHERE, read_rows_of
+from aesanet.benchmarks.records import TIMED, read_rows_of
 from aesanet.errors import BackendError, InputError
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.runtime.backends.base import Backend
 
 LATENCY_COLUMNS: Final = (
-    *WHERE,
+    *TIMED,
     *"batch clip_seconds repeats milliseconds_p50 p50_low p50_high".split(),
     *"milliseconds_p90 milliseconds_p99 milliseconds_max x_real_time".split(),
 )
-COLD_COLUMNS: Final = (*WHERE, "repeats", "import_milliseconds", "open_milliseconds", "first_score_milliseconds")
+COLD_COLUMNS: Final = (*TIMED, "repeats", "import_milliseconds", "open_milliseconds", "first_score_milliseconds")
 KEY: Final = ("engine", "weights", "batch", "clip_seconds")
 """What makes two rows of two files comparable."""
 

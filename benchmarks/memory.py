@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import soundfile
 
-from aesanet.benchmarks.records import WHERE, append_rows, clocks, provenance
+from aesanet.benchmarks.records import WHERE, append_rows, provenance
 from aesanet.runtime.rows import row_line
 from aesanet.runtime.scorer import Scorer
 
@@ -119,7 +119,6 @@ def main() -> None:
     arguments = parser.parse_args()
     where = provenance(Scorer.open(arguments.bundle, backend=arguments.backend), arguments.bundle)
     rows = measure_memory(arguments.bundle, arguments.rows, arguments.hours, ("--backend", arguments.backend))
-    where |= clocks()
     append_rows(arguments.out, COLUMNS, [where | row for row in rows])
 
 

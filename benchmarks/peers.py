@@ -22,7 +22,7 @@ from aesanet.benchmarks import polygraphy
 from aesanet.benchmarks.audiobox import INSTALL, is_installed, open_audiobox
 from aesanet.benchmarks.contestants import Alone, Contestant, Part, Work, open_aesanet, open_pytorch
 from aesanet.benchmarks.latency import median_interval
-from aesanet.benchmarks.records import MACHINE, clocks, machine
+from aesanet.benchmarks.records import CLOCKS, MACHINE, clocks, machine
 from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
@@ -43,6 +43,7 @@ from aesanet.runtime.shapes import CAPTURED_SAMPLES
 
 PEERS_COLUMNS: Final = (
     *MACHINE,
+    *CLOCKS,
     *"part device threads checkpoint_sha256 contestant precision versions weights parameters_millions batch".split(),
     *"clips audio_seconds rounds seconds_median seconds_low seconds_high".split(),
     *"x_real_time x_audiobox x_pytorch max_abs_difference".split(),

@@ -15,9 +15,11 @@ from aesanet.hashing import file_sha256
 from aesanet.machine import gpu_clocks_mhz, list_gpus, processor_clock_mhz, processor_name, usable_cores
 from aesanet.runtime.scorer import Scorer
 
-MACHINE: Final = "date aesanet processor cores load gpu python processor_mhz gpu_mhz".split()
-"""`load` is before anything is measured, clocks are right after, when what they were is what they still are."""
+MACHINE: Final = "date aesanet processor cores load gpu python".split()
+CLOCKS: Final = "processor_mhz gpu_mhz".split()
 WHERE: Final = [*MACHINE, "bundle_sha256", "weights", "engine"]
+TIMED: Final = [*WHERE, *CLOCKS]
+"""Of what takes time. `load` is before anything is measured; clocks are right after, when they are still the same."""
 
 
 def machine() -> dict[str, Any]:
@@ -38,7 +40,7 @@ def machine() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, Any]:
-    """What every row says of the clocks that it was measured at: to be asked as soon as it has been measured."""
+    """`CLOCKS`, in MHz: to be asked as soon as something has been measured."""
     try:
         gpu = "; ".join(gpu_clocks_mhz())
     except BackendError:

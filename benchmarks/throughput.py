@@ -19,7 +19,7 @@ import numpy as np
 from aesanet.benchmarks.end_to_end import keep_under_way
 from aesanet.benchmarks.latency import WARM_UPS, Cell, median_interval, settled
 from aesanet.benchmarks.peak import Peak, device_peak
-from aesanet.benchmarks.records import WHERE
+from aesanet.benchmarks.records import TIMED
 from aesanet.errors import BundleError
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.machine import gpu_memory_mib, peak_memory_mib
@@ -30,7 +30,7 @@ from aesanet.runtime.pipeline import BATCHES_AHEAD
 from aesanet.runtime.scorer import Scorer
 
 THROUGHPUT_COLUMNS: Final = (
-    *WHERE,
+    *TIMED,
     *"threads batch clip_seconds rounds batches_a_round".split(),
     *"clips_per_second clips_per_second_low clips_per_second_high hours_of_audio_per_second x_real_time".split(),
     *"useful_tflops peak_tflops peak_source mfu memory_mib gpu_memory_before_mib gpu_memory_after_mib".split(),

@@ -198,9 +198,17 @@ def test_a_row_has_the_quantiles_of_the_times(times):
     assert row["repeats"] == len(times)
 
 
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    monkeypatch.setattr("aesanet.benchmarks.records.processor_clock_mhz", lambda: 1234.4)
+
+
 def rows_of(path):
+    """Of what was timed, with the clock that it was timed at."""
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    assert {row["processor_mhz"] for row in rows} == {"1234"}
+    return rows
 
 
 def test_latencies_are_appended_with_where_they_come_from(tiny_bundle, tmp_path, capsys):
@@ -458,8 +466,7 @@ def test_files_to_rows_beside_both_halves_alone(tiny_bundle, tmp_path, capsys):
     options = ("--rounds", 3, "--workers", 2, "--max-batch-seconds", 8, "--out", out)
     assert run("bench", "end-to-end", tiny_bundle, tmp_path / "audio", *options) == 0
     assert "5 clips, 15.0 s of audio: decoding alone" in capsys.readouterr().out
-    with open(out, newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows_of(out)
     assert (row["clips"], row["failed"], row["audio_seconds"], row["workers"]) == ("5", "1", "15.0", "2")
     # Windows of 4 s every 3 s: 4, 4, 4, 3.5 and 4, 1, .5; two full ones a batch.
     assert int(row["batches"]) == 4
