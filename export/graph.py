@@ -59,15 +59,13 @@ def export_graph(model: AESANet, name: GraphName, path: Path) -> GraphSpec:
     for spec, value in zip(inputs + outputs, (*proto.graph.input, *proto.graph.output), strict=True):
         _check_and_name_axes(name, spec, value)
     onnx.checker.check_model(proto, full_check=True)
-    weights = None
-    if proto.ByteSize() > _INSIDE_BYTES:
-        weights = path.with_suffix(".weights")
-        onnx.save(proto, path, save_as_external_data=True, location=weights.name)
-        weights.chmod(path.stat().st_mode)  # onnx leaves it to its owner alone
-    else:
+    if proto.ByteSize() <= _INSIDE_BYTES:
         onnx.save(proto, path)
-    sha256 = file_sha256(path, *([weights] if weights else []))
-    return GraphSpec(path.name, sha256, "fp32", OPSET, inputs, outputs, weights and weights.name)
+        return GraphSpec(path.name, file_sha256(path), "fp32", OPSET, inputs, outputs)
+    weights = path.with_suffix(".weights")
+    onnx.save(proto, path, save_as_external_data=True, location=weights.name)
+    weights.chmod(path.stat().st_mode)  # onnx leaves it to its owner alone
+    return GraphSpec(path.name, file_sha256(path, weights), "fp32", OPSET, inputs, outputs, weights.name)
 
 
 def _example(spec: TensorSpec) -> Tensor:
