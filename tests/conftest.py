@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def pytest_testnodedown(node, error):
 def pytest_terminal_summary(terminalreporter):
     for name, value in _MEASURED.items():
         terminalreporter.write_line(f"measured: {name}: {value}")
+
+
+def pytest_configure():
+    # A shell lets what runs in its background ignore interrupts, and so would all that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

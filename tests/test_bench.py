@@ -429,10 +429,10 @@ def test_speeds_are_drawn_each_as_long_as_it_is_fast(tmp_path):
 
 def test_files_of_one_length_are_not_those_of_another(tmp_path, capsys):
     """Though their batches are the same."""
-    row = COLD | {"contestant": "beads", "precision": "fp32", "part": "files", "batch": "4", "seconds_median": "2"}
+    row = {name: COLD[name] for name in ("date", "processor", "cores", "gpu", "weights")}
+    row |= {"contestant": "beads", "precision": "fp32", "part": "files", "batch": "4", "seconds_median": "2"}
     row |= {"x_real_time": "5", "x_pytorch": "1", "x_audiobox": "", "clips": "8"}
     encoder = row | {"part": "encoder", "audio_seconds": "80.0"}
-    del row["engine"], encoder["engine"]
     write_csv(tmp_path / "peers.csv", row | {"audio_seconds": "80.0"}, row | {"audio_seconds": "63.2"}, encoder)
     assert run("bench", "report", "--plot", tmp_path / "peers.csv") == 0
     lines = capsys.readouterr().out.splitlines()[2:5]
