@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import numpy as np
@@ -219,13 +220,16 @@ def test_a_stream_closed_by_the_caller_does_not_stop_the_run(tiny_bundle, audio,
 def test_the_second_interrupt_stops_a_run_that_waits(tiny_bundle):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen([*COMMAND, "score", str(tiny_bundle), "-"], text=True, **pipes)
-    while "never verified" not in running.stderr.readline():  # the last note
-        pass
+    watchdog = threading.Timer(120, running.kill)  # reading waits for ever
+    watchdog.start()
+    while "never verified" not in (line := running.stderr.readline()):  # the last note
+        assert line
     time.sleep(1)  # from the note to the loop
     running.send_signal(signal.SIGINT)
     assert "Ctrl-C once more" in running.stderr.readline()
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
+    watchdog.cancel()
     assert running.returncode == 130
     assert "Traceback" not in err
 
