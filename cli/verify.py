@@ -176,6 +176,7 @@ def _engines(
     """Kind, precision and opener of all that runs here; what this bundle or machine has no means for is told."""
     from aesanet.benchmarks.parity import RoundedHalf
     from aesanet.runtime.backends import lacking, open_exactly, supported_backends
+    from aesanet.runtime.backends.base import EngineOptions
 
     for name, support in supported_backends().items():
         if backend not in ("all", name):
@@ -189,10 +190,10 @@ def _engines(
             if (reason := lacking(files, name, precision)) is not None:
                 note(f"{kind} is left out: {reason}")
                 continue
-            yield kind, precision, partial(open_exactly, files, name, device, precision)
+            yield kind, precision, partial(open_exactly, files, name, EngineOptions(device, precision))
             if cuda_graphs and name == "onnxruntime" and device == "cuda":
-                captured = partial(open_exactly, files, name, device, precision, cuda_graphs=True)
-                yield f"{kind} with CUDA graphs", precision, captured
+                options = EngineOptions(device, precision, cuda_graphs=True)
+                yield f"{kind} with CUDA graphs", precision, partial(open_exactly, files, name, options)
         if name == "onnxruntime" and support.runs and files.fp16:
             yield RoundedHalf.kind, RoundedHalf.precision, partial(RoundedHalf, files)
 

@@ -136,7 +136,7 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
             shutil.rmtree(place)
         folder.rename(place)
         # What was found of an engine that is built anew says nothing of this one.
-        manifest = without_engine(manifest, engine.key)
+        manifest = _without_engine(manifest, engine.key)
         engines = manifest.engines | {engine.key: file_sha256(place / ENGINE_NAME)}
         return msgspec.structs.replace(manifest, engines=engines)
 
@@ -154,7 +154,7 @@ def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:
         manifest = read_manifest(bundle)
         if kept not in manifest.engines:
             raise CompileError(f"{bundle}: engine {short_key(kept)} was removed meanwhile; none is removed now")
-        manifest = reduce(without_engine, manifest.engines.keys() - {kept}, manifest)
+        manifest = reduce(_without_engine, manifest.engines.keys() - {kept}, manifest)
         try:
             write_manifest(bundle, manifest)  # before the files: an engine that is told of must be there
             for folder in (bundle / ENGINES_FOLDER).iterdir():
@@ -169,7 +169,7 @@ def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:
     return count, size
 
 
-def without_engine(manifest: Manifest, key: str) -> Manifest:
+def _without_engine(manifest: Manifest, key: str) -> Manifest:
     """The manifest without an engine and what was found of it."""
     engines = {other: sha256 for other, sha256 in manifest.engines.items() if other != key}
     verified = {kind: found for kind, found in manifest.verified.items() if not kind.endswith(short_key(key))}

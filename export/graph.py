@@ -28,7 +28,7 @@ _AXES = {
     "tokens": Dim("tokens", min=TOKENS_PER_PATCH, max=2**16),
 }
 _EXAMPLE_SIZES = {"batch": 2, "samples": 20_000, "frames": 122, "tokens": 56}
-_INSIDE_BYTES = 2**26  # of a graph with its weights; base size, 362 MB: read in .56 s by OpenVINO, and mapped in .03 s
+_INSIDE_BYTES = 2**26  # of a graph with its weights; beside a larger graph they are mapped, and need not be read
 _FOLD_LIMIT = 2**30  # bytes: fold every constant, as engines want weights and not arithmetic on weights
 
 

@@ -25,7 +25,7 @@ from aesanet.hashing import file_sha256
 from aesanet.lengths import num_tokens
 from aesanet.models.demo import samples
 from aesanet.runtime import backends
-from aesanet.runtime.backends.base import BundleFiles, Support
+from aesanet.runtime.backends.base import BundleFiles, EngineOptions, Support
 from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch
@@ -336,7 +336,7 @@ def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):
     """On a CPU, where it rounds less than a GPU; what differs there is told by -m gpu."""
     waveform, num_samples = pad_batch([clip[: 9_000 + 700 * number] for number, clip in enumerate(clips[:3])])
     fp32, fp16 = (
-        OnnxRuntimeBackend(files_of(half_bundle), "cpu", precision, None).scores(waveform, num_samples)
+        OnnxRuntimeBackend(files_of(half_bundle), EngineOptions("cpu", precision)).scores(waveform, num_samples)
         for precision in ("fp32", "fp16")
     )
     assert 0 < np.abs(fp32 - fp16).max() < 0.02

@@ -5,11 +5,11 @@ from typing import Literal
 
 from aesanet.errors import BackendError
 from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision, Support
+from aesanet.runtime.backends.base import Backend, BundleFiles, Device, EngineOptions, Precision, Support
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 
-_Open = Callable[[BundleFiles, Device, Precision, int | None, bool | None], Backend]
+_Open = Callable[[BundleFiles, EngineOptions], Backend]
 _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
     "onnxruntime": (onnxruntime.OnnxRuntimeBackend, onnxruntime.support),
     "openvino": (openvino.OpenVINOBackend, openvino.support),
@@ -40,9 +40,7 @@ def open_backend(
     threads: int | None = None,
     cuda_graphs: bool | None = None,
 ) -> tuple[Backend, str]:
-    """Open the fastest engine that fits what was asked for, and say why it was taken.
-
-    cuda_graphs : on a GPU, with or without; None leaves it to the engine
+    """Open the fastest engine that fits what was asked for (see `EngineOptions`), and say why it was taken.
 
     Raises BackendError that says what the machine's engines can do and what to install.
     """
@@ -63,7 +61,7 @@ def open_backend(
             failed.append(f"{engine} {on} {in_precision}: {missing}")
             continue
         try:
-            backend = _ENGINES[engine][0](files, on, in_precision, threads, cuda_graphs)
+            backend = _ENGINES[engine][0](files, EngineOptions(on, in_precision, threads, cuda_graphs))
         except Exception as error:  # engines raise what they like; the next one may do
             failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
             continue
@@ -81,11 +79,9 @@ def open_backend(
     )
 
 
-def open_exactly(
-    files: BundleFiles, name: BackendName, device: Device, precision: Precision, cuda_graphs: bool | None = None
-) -> Backend:
+def open_exactly(files: BundleFiles, name: BackendName, options: EngineOptions) -> Backend:
     """Open one engine and no other; raises what it raises."""
-    return _ENGINES[name][0](files, device, precision, None, cuda_graphs)
+    return _ENGINES[name][0](files, options)
 
 
 _NO_HALF = "the bundle has no FP16 graphs, which `aesanet export --fp16` makes"

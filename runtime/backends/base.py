@@ -79,6 +79,20 @@ class BundleFiles:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """How an engine runs a bundle, as far as it has a choice.
+
+    threads     : of the processor; None for the engine's own choice
+    cuda_graphs : on a GPU, with or without; None for the engine's own choice
+    """
+
+    device: Device
+    precision: Precision
+    threads: int | None = None
+    cuda_graphs: bool | None = None
+
+
+@dataclass(frozen=True)
 class Support:
     """What an engine can do on this machine, or why it cannot run at all."""
 

@@ -13,6 +13,7 @@ from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
     Device,
+    EngineOptions,
     PendingEmbedded,
     Precision,
     Support,
@@ -29,34 +30,28 @@ _Found = TypeVar("_Found")
 class OnnxRuntimeBackend(Backend):
     """Three sessions on one device.
 
-    cuda_graphs : on a GPU, capture front end and encoder where shapes come again (see captured.py)
-
-    Raises BackendError where that is asked for and cannot be had.
+    Raises BackendError where CUDA graphs are asked for (see captured.py) and cannot be had.
     """
 
-    def __init__(
-        self,
-        files: BundleFiles,
-        device: Device,
-        precision: Precision,
-        threads: int | None,
-        cuda_graphs: bool | None = None,
-    ) -> None:
+    def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         import onnxruntime
 
+        device, precision = options.device, options.precision
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
-        capturing = device == "cuda" and cuda_graphs is True
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0: one a physical core
-        options.log_severity_level = 3
+        capturing = device == "cuda" and options.cuda_graphs is True
+        of_sessions = onnxruntime.SessionOptions()
+        of_sessions.intra_op_num_threads = options.threads or 0  # 0: one a physical core
+        of_sessions.log_severity_level = 3
         paths = {**files.fp32, **(files.fp16 if precision == "fp16" else {})}
 
         def session(name: GraphName) -> Any:
             # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
             cuda = {"use_tf32": 0, **({"enable_cuda_graph": 1} if capturing and name != "head" else {})}
             providers: list[Any] = [("CUDAExecutionProvider", cuda)] if device == "cuda" else []
-            return onnxruntime.InferenceSession(paths[name], options, providers=[*providers, "CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(
+                paths[name], of_sessions, providers=[*providers, "CPUExecutionProvider"]
+            )
 
         self._device = device
         self._frontend, self._encoder, self._head = (session(name) for name in GRAPH_NAMES)

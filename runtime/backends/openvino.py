@@ -12,6 +12,7 @@ from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
     Device,
+    EngineOptions,
     PendingEmbedded,
     Precision,
     Support,
@@ -24,31 +25,24 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 class OpenVINOBackend(Backend):
     """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
 
-    def __init__(
-        self,
-        files: BundleFiles,
-        device: Device,
-        precision: Precision,
-        threads: int | None,
-        cuda_graphs: bool | None = None,
-    ) -> None:
+    def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         from openvino import Core
 
         self._turn = Lock()  # a request holds one call's tensors
         core = Core()
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
 
         def request(path: Path, hint: str) -> Any:
             return core.compile_model(path, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
 
         self._frontend = request(files.fp32["frontend"], "f32")
-        self._encoder = request(files.fp32["encoder"], _HINTS[precision])
+        self._encoder = request(files.fp32["encoder"], _HINTS[options.precision])
         self._head = request(files.fp32["head"], "f32")
-        self.name = f"openvino {version('openvino')} {device} {precision}"
-        self.precision: Precision = precision
-        self.kind = f"openvino {device} {precision}"
+        self.name = f"openvino {version('openvino')} {options.device} {options.precision}"
+        self.precision: Precision = options.precision
+        self.kind = f"openvino {options.device} {options.precision}"
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""

@@ -25,7 +25,7 @@ from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
-    Device,
+    EngineOptions,
     Pending,
     PendingEmbedded,
     Precision,
@@ -324,9 +324,7 @@ def _close(
             device.destroy_stream(stream)
 
 
-def open_tensorrt(
-    files: BundleFiles, device: Device, precision: Precision, threads: int | None, cuda_graphs: bool | None = None
-) -> TensorRTBackend:
+def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend:
     """The last compiled of a bundle's engines that can run here, with CUDA graphs unless they are not wanted.
 
     Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
@@ -334,7 +332,7 @@ def open_tensorrt(
     cuda = load_cuda()
 
     def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
-        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), 0 if cuda_graphs is False else GRAPHS_KEPT)
+        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), 0 if options.cuda_graphs is False else GRAPHS_KEPT)
         _try(backend, files.manifest.window.window_samples)
         backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
         return backend
