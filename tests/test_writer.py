@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 
 import msgspec
@@ -47,16 +48,19 @@ def test_no_entry_of_many_writers_is_lost(tiny_bundle, tmp_path, start):
 
 
 def test_an_entry_for_the_old_bundle_does_not_get_into_the_new_one(tiny_bundle, tmp_path):
-    """Who waits while another bundle takes the place changes that one, as it is."""
+    """Who waits while another bundle takes the place waits for who changes that one, and changes it as it is then."""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     anew = msgspec.structs.replace(read_manifest(bundle), engines={"new": "0"})
     at_work = threading.Event()
-    with changing(bundle):
-        late = threading.Thread(target=partial(enter, "late", bundle, at_work, times=1))
-        late.start()
+    with ExitStack() as new_one:
+        with changing(bundle):
+            late = threading.Thread(target=partial(enter, "late", bundle, at_work, times=1))
+            late.start()
+            assert not at_work.wait(0.2)
+            bundle.rename(tmp_path / "old")
+            shutil.copytree(tmp_path / "old", bundle)
+            new_one.enter_context(changing(bundle))
         assert not at_work.wait(0.2)
-        bundle.rename(tmp_path / "old")
-        shutil.copytree(tmp_path / "old", bundle)
         (bundle / "bundle.json").write_bytes(msgspec.json.encode(anew))
     late.join(10)
     assert read_manifest(bundle).engines == {"new": "0", "late 1": "late"}
