@@ -346,10 +346,10 @@ def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):
 def test_a_gpu_takes_fp16_where_the_bundle_has_it(bundle, taken, request, monkeypatch):
     opened = []
     support = Support("1", (("cuda", "fp16"), ("cuda", "fp32"), ("cpu", "fp32")), "a GPU")
-    engine = (lambda files, *asked: opened.append(asked), lambda: support)
+    engine = (lambda files, options: opened.append(options), lambda: support)
     monkeypatch.setitem(backends._ENGINES, "onnxruntime", engine)
     Scorer.open(request.getfixturevalue(bundle))
-    assert [asked[:2] for asked in opened] == [("cuda", taken)]
+    assert opened == [EngineOptions("cuda", taken)]
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA provider")
