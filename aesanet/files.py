@@ -1,9 +1,12 @@
 """Files that are there whole or not at all, whenever the process is killed."""
 
+import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import msgspec
 
 
 @contextmanager
@@ -28,3 +31,31 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+class CacheFile:
+    """A file in the user's cache folder (`XDG_CACHE_HOME` or `~/.cache`), one for all that its content depends on.
+
+    What cannot be read or written only costs the time to make it again.
+
+    name  : what the file begins with
+    parts : what its content depends on, in words
+    """
+
+    def __init__(self, name: str, parts: Mapping[str, str]) -> None:
+        number = hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()[:16]
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.path = Path(base, "aesanet", f"{name}-{number}.cache")
+
+    def read(self) -> bytes:
+        """What was written last, or nothing."""
+        with suppress(OSError):
+            return self.path.read_bytes()
+        return b""
+
+    def write(self, content: bytes) -> None:
+        """Put `content` in the place of what was there."""
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as beside:
+                beside.write_bytes(content)

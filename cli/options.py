@@ -11,8 +11,16 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 
 
 def engine_options(command: Command) -> Command:
-    """--backend, --device, --precision and --cuda-graphs, as `Scorer.open` takes them."""
+    """--backend, --device, --precision, --cuda-graphs and --specialize, as `Scorer.open` takes them."""
     for option in (
+        click.option(
+            "--specialize",
+            type=click.Choice(["lazy", "eager", "none"]),
+            default="lazy",
+            show_default=True,
+            help="TensorRT-RTX: make kernels for a batch's shape while others serve it, before it is served, or never. "
+            "With lazy a clip's scores may change in their last digits.",
+        ),
         click.option(
             "--cuda-graphs/--no-cuda-graphs",
             default=None,

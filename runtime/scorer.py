@@ -19,6 +19,7 @@ from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precisio
 from aesanet.runtime.batching import GROUP_BATCHES
 from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
 from aesanet.runtime.jobs import Blocks, Job, failed_job, file_jobs
+from aesanet.runtime.kernels import Specialize
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
 from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
 
@@ -64,15 +65,18 @@ class Scorer:
         precision: Precision | Literal["auto"] = "auto",
         threads: int | None = None,
         cuda_graphs: bool | None = None,
+        specialize: Specialize = "lazy",
     ) -> "Scorer":
         """Open a bundle folder on the fastest engine that fits; every file's hash is checked first.
 
         cuda_graphs : on a GPU, launch what comes again as a whole; by default TensorRT does, and ONNX Runtime does not
+        specialize  : when TensorRT-RTX makes kernels for a batch's shape: while others serve it ("lazy"), before it is
+                      served ("eager") or never ("none"); with "lazy" a clip's scores may change in their last digits
 
         Raises BundleError (a damaged bundle) or BackendError (no such engine here).
         """
         files = open_files(bundle)
-        engine, reason = open_backend(files, backend, device, precision, threads, cuda_graphs)
+        engine, reason = open_backend(files, backend, device, precision, threads, cuda_graphs, specialize)
         return cls(files.manifest, engine, reason)
 
     @overload

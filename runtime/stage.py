@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 from aesanet.engines import library_logger
 from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.kernels import LateKernels
 
 _SEEN_RUNS: Final = 1024  # that are remembered as run once
 _IDLE_RUNS: Final = 4  # times the graphs that are kept: only a graph that was idle for so long gives way to another
@@ -37,11 +38,20 @@ class Stage:
     that from then on; at most `graphs_kept` are kept, and one that is still in use never gives way. A run that cannot
     be captured (some loops cannot) is given layer by layer, as are all with `graphs_kept` 0.
 
+    kernels    : TensorRT-RTX makes, and shares with the bundle's other engines
     complaints : TensorRT's own lines, which its logger adds to
     """
 
     def __init__(
-        self, trt: Any, plan: bytes, name: str, device: CudaDevice, stream: Any, complaints: list[str], graphs_kept: int
+        self,
+        trt: Any,
+        plan: bytes,
+        name: str,
+        device: CudaDevice,
+        stream: Any,
+        complaints: list[str],
+        graphs_kept: int,
+        kernels: LateKernels,
     ) -> None:
         self.name = name
         self._trt, self._device, self._stream, self._complaints = trt, device, stream, complaints
@@ -55,7 +65,9 @@ class Stage:
             tensor = self.engine.get_tensor_name(index)
             if self.engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE:
                 raise BackendError(f"the {name} wants {tensor} in the host's memory; compile the bundle again")
-        self._config = self._runtime_config()
+        self._config = self.engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        kernels.configure(trt, self._config)
         # RTX captures by itself: it alone knows when a kernel gives way to one that is made for the shape.
         native = hasattr(self._config, "cuda_graph_strategy")
         if native and graphs_kept:
@@ -96,6 +108,11 @@ class Stage:
             self._device.destroy(graph.handle)
         self._graphs.clear()
         self._seen.clear()
+
+    def close(self) -> None:
+        """Let go of graphs and contexts, while what they need is there; the stream must be idle."""
+        self.forget_graphs()
+        self._contexts.clear()
 
     def _has_room(self) -> bool:
         """Whether a graph can be kept: there is room, or the oldest is out of use."""
@@ -156,20 +173,6 @@ class Stage:
         self._must(context is not None, "context")
         self._must(context.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
         return _Context(context)
-
-    def _runtime_config(self) -> Any:
-        """How contexts are made: their working memory is given to them, and RTX's share what it compiles for the GPU.
-
-        TensorRT before 10.11 takes the strategy in place of a config.
-        """
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(self.engine, "create_runtime_config"):
-            return strategy
-        config = self.engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        if hasattr(config, "create_runtime_cache"):
-            config.set_runtime_cache(config.create_runtime_cache())
-        return config
 
     def _must(self, success: bool, what: str) -> None:
         if not success:

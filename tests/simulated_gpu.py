@@ -332,9 +332,17 @@ class SimulatedEngine:
         (found,) = (o for o in self.session.get_outputs() if o.name == name)
         return tuple(-1 if isinstance(size, str) else size for size in found.shape)
 
-    def create_execution_context(self, strategy):
-        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    def create_runtime_config(self):
+        return SimulatedConfig()
+
+    def create_execution_context(self, runtime_config):
+        assert runtime_config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         return SimulatedContext(self)
+
+
+class SimulatedConfig:
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
 
 
 class SimulatedContext:
@@ -427,3 +435,77 @@ def _tensor(cuda, address, name, shape):
     values = cuda.bytes_at(address, size, cuda.device).view(dtype).reshape(shape)
     assert np.isfinite(values).all(), f"{name} was read before it was written"
     return values.copy()
+
+
+class SimulatedRTX(SimulatedTensorRT):
+    """TensorRT-RTX's runtime: engines make kernels where they run, unless their cache has them."""
+
+    __name__ = "tensorrt_rtx"
+
+    class CudaGraphStrategy(enum.Enum):
+        DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
+
+    class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+        LAZY, EAGER, NONE = range(3)
+
+    def __init__(self, cuda):
+        super().__init__(cuda)
+        self.configs, self.made = [], []
+
+    def _load(self, logger, plan):
+        engine = super()._load(logger, plan)
+        if engine is not None:
+            engine.create_runtime_config = lambda: SimulatedRTXConfig(self)
+            engine.create_execution_context = partial(SimulatedRTXContext, engine)
+        return engine
+
+
+class SimulatedRTXConfig(SimulatedConfig):
+    def __init__(self, trt):
+        trt.configs.append(self)
+        self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def create_runtime_cache(self):
+        return SimulatedCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = weakref.ref(cache)
+        return True
+
+
+class SimulatedCache:
+    """Kernels by what they are made for; it takes only what another has written, whole."""
+
+    def __init__(self):
+        self.kernels = set()
+
+    def serialize(self):
+        return json.dumps(["kernels", *sorted(self.kernels)]).encode()
+
+    def deserialize(self, blob):
+        try:
+            magic, *kernels = json.loads(blob)
+        except ValueError:
+            return False
+        self.kernels.update(kernels)
+        return magic == "kernels"
+
+
+class SimulatedRTXContext(SimulatedContext):
+    def __init__(self, engine, runtime_config):
+        assert runtime_config.strategy == engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        super().__init__(engine)
+        self.cache = runtime_config.cache
+
+    def execute_async_v3(self, stream):
+        cache = self.cache()
+        assert cache is not None, "the cache is gone before a context of it"
+        kernel = f"{self.engine.output} {self.given}"
+        if kernel not in cache.kernels:
+            cache.kernels.add(kernel)
+            self.engine.trt.made.append(kernel)
+        return super().execute_async_v3(stream)
+
+    def __del__(self):
+        assert self.cache() is not None, "the cache is gone before a context of it"

@@ -19,7 +19,7 @@ from polygraphy import util
 from polygraphy.common import TensorMetadata
 from polygraphy.cuda import DeviceView
 from polygraphy.datatype import DataType
-from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
+from simulated_gpu import SimulatedCuda, SimulatedRTX, SimulatedTensorRT, simulated_plan
 
 from aesanet import machine
 from aesanet.benchmarks import peak
@@ -44,11 +44,12 @@ PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
 
 
 @pytest.fixture
-def compiled(half_bundle, tmp_path, monkeypatch):
+def compiled(half_bundle, tmp_path, monkeypatch, request):
     """A bundle with engines that the simulated machine can run, one for each `GPU` asked for."""
     bundle = shutil.copytree(half_bundle, tmp_path / "b")
     cuda = SimulatedCuda(np.random.default_rng(0))
-    trt = SimulatedTensorRT(cuda)
+    trt = getattr(request, "param", SimulatedTensorRT)(cuda)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(room, "load_cuda", lambda: cuda)
     monkeypatch.setattr(room, "load_library", lambda flavour: trt)
     here = cuda_gpu(cuda)
@@ -99,6 +100,37 @@ def test_latencies_without_cuda_graphs_are_those_of_another_engine(compiled, tmp
     assert [path.read_text().count(f",{name} without CUDA graphs,") for path in files] == [0, 1]
     with pytest.raises(InputError, match="have no engine"):
         compare(*files)
+
+
+@pytest.mark.parametrize("compiled", [SimulatedRTX], indirect=True)
+def test_kernels_that_rtx_makes_are_on_disk_before_the_first_row(compiled, tmp_path):
+    """Killed at any instant after, a process has spared the next one the making of them."""
+    bundle, add = compiled
+    add(flavour="rtx")
+    scorer = Scorer.open(bundle)
+    (file,) = (tmp_path / "cache" / "aesanet").iterdir()
+    _, *kernels = json.loads(file.read_bytes())
+    assert sorted(kernel.split()[0] for kernel in kernels) == ["fbank", "features", "scores"]
+    add(flavour="rtx", profiles=make_profiles([(2.0, 1), (4.0, 3)]))
+    assert Scorer.open(bundle).backend.kind != scorer.backend.kind
+    assert len(list(file.parent.iterdir())) == 2  # another engine has its own
+
+
+@pytest.mark.parametrize("compiled", [SimulatedRTX], indirect=True)
+def test_a_run_is_resumed_with_kernels_made_as_they_were(compiled, tmp_path, capsys):
+    bundle, add = compiled
+    add(flavour="rtx")
+    command = ["score", str(bundle), str(RECORDINGS[0]), "--out", str(tmp_path / "scores.jsonl"), "--resume"]
+    status = []
+    for more in (["--specialize", "eager"], ["--specialize", "eager"], []):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *more])
+        status.append(stopped.value.code)
+    assert status == [0, 0, 2]
+    told = capsys.readouterr().err
+    assert "tensorrt_rtx 0.simulated cuda fp16 specialize=eager (the bundle has an engine for this GPU)" in told
+    assert "nothing to do" in told
+    assert "the engine" in told.splitlines()[-1]
 
 
 def test_throughput_tells_the_gpus_memory_and_its_published_peak(compiled, tmp_path, monkeypatch):

@@ -548,22 +548,23 @@ def test_timings_are_kept_for_each_gpu_and_version_and_a_damaged_file_is_no_harm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine = {"library": "tensorrt 11", "GPU": "NVIDIA L4"}
     cache = TimingCache(machine)
-    assert TimingCache(machine).path == cache.path != TimingCache(machine | {"GPU": "NVIDIA H200"}).path
+    path = cache.file.path
+    assert TimingCache(machine).file.path == path != TimingCache(machine | {"GPU": "NVIDIA H200"}).file.path
     spec = read_manifest(tiny_bundle).graphs["frontend"]
     build = functools.partial(build_plan, trt, tiny_bundle / spec.file, spec, SMALL, False, [], timing=cache)
     assert build().plan
-    kept = cache.path.read_bytes()
+    kept = path.read_bytes()
     assert kept
     taken = []
     real = cache.attach
     monkeypatch.setattr(cache, "attach", lambda config: (real(config), taken.append(config.get_timing_cache())))
     for content in (kept, b"damaged", b""):
-        cache.path.write_bytes(content)
+        path.write_bytes(content)
         assert build().plan
     assert len(taken) == 3
     assert None not in taken
-    assert [path.name for path in cache.path.parent.iterdir()] == [cache.path.name]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.path))  # a file, in which no folder can be made
+    assert list(path.parent.iterdir()) == [path]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file, in which no folder can be made
     assert build_plan(trt, tiny_bundle / spec.file, spec, SMALL, False, [], timing=TimingCache(machine)).plan
 
 

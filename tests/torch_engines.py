@@ -18,7 +18,7 @@ class TorchTensorRT(SimulatedTensorRT):
     def _load(self, logger, plan):
         engine = super()._load(logger, plan)
         if engine is not None:
-            engine.create_execution_context = lambda strategy: TorchContext(engine)
+            engine.create_execution_context = lambda runtime_config: TorchContext(engine)
         return engine
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from aesanet.errors import BackendError
 from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
 from aesanet.runtime.backends.base import Backend, BundleFiles, Device, EngineOptions, Precision, Support
+from aesanet.runtime.kernels import Specialize
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 
@@ -39,6 +40,7 @@ def open_backend(
     precision: Precision | Literal["auto"] = "auto",
     threads: int | None = None,
     cuda_graphs: bool | None = None,
+    specialize: Specialize = "lazy",
 ) -> tuple[Backend, str]:
     """Open the fastest engine that fits what was asked for (see `EngineOptions`), and say why it was taken.
 
@@ -61,7 +63,7 @@ def open_backend(
             failed.append(f"{engine} {on} {in_precision}: {missing}")
             continue
         try:
-            backend = _ENGINES[engine][0](files, EngineOptions(on, in_precision, threads, cuda_graphs))
+            backend = _ENGINES[engine][0](files, EngineOptions(on, in_precision, threads, cuda_graphs, specialize))
         except Exception as error:  # engines raise what they like; the next one may do
             failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
             continue

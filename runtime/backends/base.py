@@ -10,6 +10,7 @@ import numpy as np
 
 from aesanet.bundle import GraphName, Manifest
 from aesanet.errors import BackendError
+from aesanet.runtime.kernels import Specialize
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
@@ -84,12 +85,15 @@ class EngineOptions:
 
     threads     : of the processor; None for the engine's own choice
     cuda_graphs : on a GPU, with or without; None for the engine's own choice
+    specialize  : when TensorRT-RTX makes kernels for a shape (see `LateKernels`); other engines have theirs from the
+                  start
     """
 
     device: Device
     precision: Precision
     threads: int | None = None
     cuda_graphs: bool | None = None
+    specialize: Specialize = "lazy"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from aesanet.axes import AXES
 from aesanet.bundle import GraphName
 from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on, short_key
 from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineMisfitError
+from aesanet.files import CacheFile
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.machine import Gpu, cuda_gpu, load_cuda
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
@@ -33,6 +34,7 @@ from aesanet.runtime.backends.base import (
     mean_over_tokens,
 )
 from aesanet.runtime.device import Blocks, CudaDevice
+from aesanet.runtime.kernels import LateKernels
 from aesanet.runtime.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile
 from aesanet.runtime.slots import Batch, Part, Slot
 from aesanet.runtime.stage import Run, Shapes, Stage
@@ -53,6 +55,7 @@ class TensorRTBackend(Backend):
     plans       : of each graph, as `aesanet compile` wrote them
     trt         : the module that built them, `tensorrt` or `tensorrt_rtx`
     graphs_kept : CUDA graphs of each plan; 0 for none
+    kernels     : as TensorRT-RTX makes them
 
     Raises BackendError where a plan cannot run here.
     """
@@ -61,20 +64,28 @@ class TensorRTBackend(Backend):
     precision: Precision = "fp16"
 
     def __init__(
-        self, plans: Mapping[GraphName, bytes], trt: Any, device: CudaDevice, graphs_kept: int = GRAPHS_KEPT
+        self,
+        plans: Mapping[GraphName, bytes],
+        trt: Any,
+        device: CudaDevice,
+        graphs_kept: int = GRAPHS_KEPT,
+        kernels: LateKernels | None = None,
     ) -> None:
-        self.name = f"{trt.__name__} {trt.__version__} cuda fp16{'' if graphs_kept else ' without CUDA graphs'}"
         self._device = device
         self._copying, self._encoding, self._scoring = (device.stream() for _ in range(3))
         complaints: list[str] = []
+        kernels = kernels or LateKernels()
         streams: dict[GraphName, Any] = {
             "frontend": self._encoding,
             "encoder": self._encoding,
             "head": self._scoring,
         }
         self._frontend, self._encoder, self._head = self._stages = tuple(
-            Stage(trt, plans[name], name, device, stream, complaints, graphs_kept) for name, stream in streams.items()
+            Stage(trt, plans[name], name, device, stream, complaints, graphs_kept, kernels)
+            for name, stream in streams.items()
         )
+        graphs = "" if graphs_kept else " without CUDA graphs"
+        self.name = f"{trt.__name__} {trt.__version__} cuda fp16{graphs}{kernels.name}"
         self._width = self._encoder.engine.get_tensor_shape("features")[2]
         self.profiles = engine_profiles(self._frontend.engine)
         self._most = {profile.index: profile.max_batch for profile in self.profiles}
@@ -82,7 +93,7 @@ class TensorRTBackend(Backend):
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
         self._slots = [Slot(number, device) for number in range(_SLOTS)]
         streams_used = (self._copying, self._encoding, self._scoring)
-        weakref.finalize(self, _close, device, streams_used, tuple(self._slots), self._stages, self._blocks)
+        weakref.finalize(self, _close, device, streams_used, tuple(self._slots), self._stages, self._blocks, kernels)
         self._turn = 0
         self._lock = RLock()
 
@@ -309,14 +320,20 @@ class TensorRTBackend(Backend):
 
 
 def _close(
-    device: CudaDevice, streams: tuple[Any, ...], slots: tuple[Slot, ...], stages: tuple[Stage, ...], blocks: Blocks
+    device: CudaDevice,
+    streams: tuple[Any, ...],
+    slots: tuple[Slot, ...],
+    stages: tuple[Stage, ...],
+    blocks: Blocks,
+    kernels: LateKernels,
 ) -> None:
     """Give back all that a backend held, as far as it can be."""
     with suppress(BackendError), device.current():
         for stream in streams:
             device.synchronize_stream(stream)
+        kernels.keep()
         for stage in stages:
-            stage.forget_graphs()
+            stage.close()
         blocks.clear()
         for event in (event for slot in slots for event in slot.events):
             device.destroy_event(event)
@@ -330,14 +347,18 @@ def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend
     Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
     """
     cuda = load_cuda()
+    gpu = cuda_gpu(cuda)
 
     def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
-        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), 0 if options.cuda_graphs is False else GRAPHS_KEPT)
+        graphs_kept = 0 if options.cuda_graphs is False else GRAPHS_KEPT
+        kernels = LateKernels(options.specialize, CacheFile("kernels", {"engine": key, "GPU": str(gpu)}))
+        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept, kernels)
         _try(backend, files.manifest.window.window_samples)
+        kernels.keep()  # a process that is killed later has made most of them by now
         backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
         return backend
 
-    return first_that_runs(files, cuda_gpu(cuda), opened)
+    return first_that_runs(files, gpu, opened)
 
 
 def first_that_runs(files: BundleFiles, gpu: Gpu, use: Callable[[str, Any, Mapping[GraphName, bytes]], _Used]) -> _Used:

@@ -1,0 +1,120 @@
+"""Kernels that TensorRT-RTX makes late: each once for all processes, whatever became of their file; and when.
+
+TensorRT-RTX itself runs on RTX GPUs alone: here stands what keeps its rules (see simulated_gpu).
+"""
+
+import gc
+
+import numpy as np
+import pytest
+from simulated_gpu import SimulatedCuda, SimulatedRTX, SimulatedTensorRT, simulated_plan
+
+from aesanet.bundle import GRAPH_NAMES
+from aesanet.export.profiles import make_profiles
+from aesanet.files import CacheFile
+from aesanet.runtime.backends.tensorrt import TensorRTBackend
+from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.kernels import LateKernels
+
+PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return CacheFile("kernels", {"engine": "abc", "GPU": "Simulated"})
+
+
+@pytest.fixture
+def opened(half_bundle):
+    def open_engine(kernels=None, trt=SimulatedRTX, **options):
+        cuda = SimulatedCuda(np.random.default_rng(0))
+        plans = {name: simulated_plan(half_bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
+        module = trt(cuda)
+        return TensorRTBackend(plans, module, CudaDevice(cuda), kernels=kernels, **options), module
+
+    return open_engine
+
+
+def score(backend, *lengths):
+    waveform = np.random.default_rng(0).normal(0, 0.1, (len(lengths), max(lengths))).astype(np.float32)
+    return backend.scores(waveform, np.array(lengths))
+
+
+def made(opened, kernels, *lengths):
+    """The kernels that one process makes for clips of these lengths, each scored alone."""
+    backend, trt = opened(kernels)
+    for length in lengths:
+        score(backend, length)
+    found = trt.made
+    del backend
+    gc.collect()
+    return found
+
+
+def test_kernels_are_made_once_for_all_processes(opened, file):
+    assert len(made(opened, LateKernels(file=file), 9_000, 20_000, 9_000)) == 2 * 3
+    assert made(opened, LateKernels(file=file), 20_000, 9_000) == []
+    assert len(made(opened, LateKernels(file=file), 9_000, 40_000)) == 3
+    assert made(opened, LateKernels(file=file), 9_000, 20_000, 40_000) == []
+    assert len(made(opened, LateKernels(), 9_000)) == 3  # that keeps nothing
+
+
+def test_a_file_is_of_one_engine_on_one_gpu(file):
+    other = CacheFile("kernels", {"engine": "abc", "GPU": "Another"})
+    assert other.path != file.path == CacheFile("kernels", {"GPU": "Simulated", "engine": "abc"}).path
+    assert other.path.parent == file.path.parent
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b'["of another version"]'])
+def test_a_file_that_is_refused_is_written_anew(opened, file, content):
+    file.path.parent.mkdir()
+    file.path.write_bytes(content)
+    assert len(made(opened, LateKernels(file=file), 9_000)) == 3
+    assert made(opened, LateKernels(file=file), 9_000) == []
+    assert list(file.path.parent.iterdir()) == [file.path]
+
+
+def test_nothing_is_written_where_nothing_was_made(opened, file):
+    made(opened, LateKernels(file=file), 9_000)
+    before = file.path.stat()
+    made(opened, LateKernels(file=file), 9_000)
+    assert (file.path.stat().st_ino, file.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(opened, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert len(made(opened, LateKernels(file=CacheFile("kernels", {})), 9_000)) == 3
+
+
+@pytest.mark.parametrize("specialize", ["lazy", "eager", "none"])
+def test_a_bundles_engines_share_kernels_and_when_they_are_made(opened, specialize):
+    backend, trt = opened(LateKernels(specialize))
+    strategies = {config.dynamic_shapes_kernel_specialization_strategy.name for config in trt.configs}
+    assert strategies == {specialize.upper()}
+    assert len(trt.configs) == 3
+    assert len({id(config.cache()) for config in trt.configs}) == 1
+    told = "" if specialize == "lazy" else f" specialize={specialize}"
+    assert backend.name == f"tensorrt_rtx 0.simulated cuda fp16{told}"
+
+
+def test_tensorrt_has_no_such_kernels(opened, file):
+    backend, _ = opened(LateKernels("eager", file), trt=SimulatedTensorRT)
+    score(backend, 9_000)
+    assert backend.name == "tensorrt 0.simulated cuda fp16"
+    del backend
+    gc.collect()
+    assert not file.path.exists()
+
+
+@pytest.mark.parametrize(("graphs_kept", "strategy"), [(32, "WHOLE_GRAPH_CAPTURE"), (0, "DISABLED")])
+def test_rtx_captures_by_itself(opened, half_bundle, graphs_kept, strategy):
+    """It alone knows when a kernel gives way to one that was made for the shape."""
+    backend, trt = opened(graphs_kept=graphs_kept)
+    expected = score(backend, 9_000, 7_000)
+    for _ in range(9):
+        np.testing.assert_array_equal(score(backend, 9_000, 7_000), expected)
+    assert {config.cuda_graph_strategy.name for config in trt.configs} == {strategy}
+    assert not trt.cuda.graphs
