@@ -78,7 +78,7 @@ def compare_layers(model: AESANet, files: BundleFiles, waveform: np.ndarray) -> 
         }
         yield _compared(name, "fp32", pairs)
         if name in HALF_GRAPH_NAMES and name in files.fp16:
-            half = ir.load(files.fp16[name])
+            half = ir.external_data.load_to_model(ir.load(files.fp16[name]))
             round_as_written(half)
             rounded = _run(ir.to_proto(half), arrays)
             places = _places(graph)

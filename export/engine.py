@@ -123,7 +123,7 @@ def parse(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11 knows no other networks
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(path.read_bytes()):
+    if not parser.parse(path.read_bytes(), str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         reasons = "; ".join(f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {e.desc()}" for e in errors)
         raise CompileError(f"{path.name}: {trt.__name__} {trt.__version__} cannot take it: {reasons}")

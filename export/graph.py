@@ -58,14 +58,25 @@ def export_graph(model: AESANet, name: GraphName, path: Path) -> GraphSpec:
     proto = program.model_proto
     for spec, value in zip(inputs + outputs, (*proto.graph.input, *proto.graph.output), strict=True):
         _check_and_name_axes(name, spec, value)
-    onnx.checker.check_model(proto, full_check=True)
-    if proto.ByteSize() <= _INSIDE_BYTES:
-        onnx.save(proto, path)
-        return GraphSpec(path.name, file_sha256(path), "fp32", OPSET, inputs, outputs)
+    sha256, weights = write_graph(proto, path)
+    return GraphSpec(path.name, sha256, "fp32", OPSET, inputs, outputs, weights)
+
+
+def write_graph(proto: onnx.ModelProto, path: Path) -> tuple[str, str | None]:
+    """Write a graph that onnx's checker takes, with large weights in a file beside it.
+
+    Returns the sha256 of both, and that file's name where there is one.
+    """
     weights = path.with_suffix(".weights")
+    weights.unlink(missing_ok=True)  # to which onnx would add
+    if proto.ByteSize() <= _INSIDE_BYTES:
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.save(proto, path)
+        return file_sha256(path), None
     onnx.save(proto, path, save_as_external_data=True, location=weights.name)
+    onnx.checker.check_model(path, full_check=True)  # by its path, as bytes of more than 2 GiB cannot be
     weights.chmod(path.stat().st_mode)  # onnx leaves it to its owner alone
-    return GraphSpec(path.name, file_sha256(path, weights), "fp32", OPSET, inputs, outputs, weights.name)
+    return file_sha256(path, weights), weights.name
 
 
 def _example(spec: TensorSpec) -> Tensor:

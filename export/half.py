@@ -18,9 +18,9 @@ import onnxruntime
 
 from aesanet.bundle import HALF_GRAPH_NAMES, GraphName, GraphPrecision, GraphSpec, Half
 from aesanet.errors import ExportError
+from aesanet.export.graph import write_graph
 from aesanet.export.parity import relative_error
 from aesanet.export.precision import to_half
-from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE, num_tokens
 
 FEATURES_LIMIT: Final = 5e-3
@@ -88,13 +88,11 @@ def in_words(logits: Mapping[GraphName, GraphPrecision]) -> str:
 
 
 def _write_half(folder: Path, spec: GraphSpec, logits: GraphPrecision) -> GraphSpec:
-    """With its weights inside, as TensorRT's parser takes it."""
     model = ir.external_data.load_to_model(ir.load(folder / spec.file))
     to_half(model, logits)
     path = folder / f"{Path(spec.file).stem}.fp16.onnx"
-    ir.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
-    return msgspec.structs.replace(spec, file=path.name, sha256=file_sha256(path), precision="fp16", weights=None)
+    sha256, weights = write_graph(ir.to_proto(model), path)
+    return msgspec.structs.replace(spec, file=path.name, sha256=sha256, precision="fp16", weights=weights)
 
 
 def round_as_written(model: ir.Model) -> None:
@@ -115,6 +113,7 @@ def round_as_written(model: ir.Model) -> None:
 
 def session_as_written(model: ir.Model) -> onnxruntime.InferenceSession:
     """A session on the processor that rounds every half tensor of a graph; changes the graph (`round_as_written`)."""
+    model = ir.external_data.load_to_model(model)
     round_as_written(model)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

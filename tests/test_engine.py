@@ -32,7 +32,7 @@ from aesanet.export import half as half_room
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle, prune_engines
 from aesanet.export.engine import Settings, build_plan, layer_types, parse
-from aesanet.export.graph import export_graph
+from aesanet.export.graph import export_graph, write_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
 from aesanet.export.profiles import default_profiles, make_profiles
@@ -92,6 +92,18 @@ def test_tensorrt_reads_the_types_that_were_written(trt, tiny_bundle, tmp_path, 
         assert (found.name, found.dtype.name) == (spec.name, {"float32": "FLOAT", "int64": "INT64"}[spec.dtype])
         assert tuple(found.shape) == tuple(-1 if isinstance(size, str) else size for size in spec.shape)
     assert (network.get_output(0).name, network.get_output(0).dtype.name) == (outputs[0].name, "FLOAT")
+
+
+@pytest.mark.parametrize("name", HALF_GRAPH_NAMES)
+def test_a_plan_is_the_same_with_weights_beside_the_graph(trt, half_bundle, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("aesanet.export.graph._INSIDE_BYTES", 0)
+    spec = read_manifest(half_bundle).half.graphs[name]
+    _, weights = write_graph(onnx.load(half_bundle / spec.file), tmp_path / spec.file)
+    assert (tmp_path / weights).stat().st_size > 10_000
+    ours, theirs = (build_plan(trt, folder / spec.file, spec, SMALL, False, []) for folder in (tmp_path, half_bundle))
+    assert ours.layers == theirs.layers
+    assert ours.activation_bytes == theirs.activation_bytes
+    assert len(ours.plan) == len(theirs.plan)
 
 
 def test_the_front_end_is_all_float(trt, tiny_bundle):

@@ -16,6 +16,7 @@ from helpers import make_loud, public_beats_file, random_model, tiny_config
 from onnx import numpy_helper
 
 from aesanet.benchmarks.layers import compare_layers
+from aesanet.benchmarks.parity import RoundedHalf
 from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
 from aesanet.errors import BundleError, CheckpointError, ExportError
 from aesanet.export import parity
@@ -27,7 +28,10 @@ from aesanet.lengths import WindowPolicy, num_tokens
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.models.config import AESANetConfig
+from aesanet.runtime.backends.base import EngineOptions
+from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from aesanet.runtime.scorer import Scorer, open_files
+from aesanet.runtime.windows import pad_batch
 
 
 def onnx_scores(bundle, waveform, num_samples):
@@ -217,9 +221,17 @@ def test_weights_beside_a_graph_change_no_score(weights_beside, half_bundle, bac
 
 
 def test_every_weight_is_in_the_one_file_or_the_other(weights_beside, half_bundle):
-    for name, spec in read_manifest(weights_beside).graphs.items():
+    manifest = read_manifest(weights_beside)
+    specs = (*manifest.graphs.values(), *manifest.half.graphs.values())
+    assert [spec.weights for spec in specs] == [
+        "frontend.weights",
+        "encoder.weights",
+        "head.weights",
+        "encoder.fp16.weights",
+        "head.fp16.weights",
+    ]
+    for spec in specs:
         graph, weights = weights_beside / spec.file, weights_beside / spec.weights
-        assert spec.weights == f"{name}.weights"
         assert weights.stat().st_mode == graph.stat().st_mode
         assert spec.sha256 == hashlib.sha256(graph.read_bytes() + weights.read_bytes()).hexdigest()
         whole = (half_bundle / spec.file).stat().st_size
@@ -232,7 +244,7 @@ def test_every_weight_is_in_the_one_file_or_the_other(weights_beside, half_bundl
         assert all(np.array_equal(ours[tensor], theirs[tensor]) for tensor in ours)
 
 
-@pytest.mark.parametrize("graph", ["frontend", "encoder", "head"])
+@pytest.mark.parametrize("graph", ["frontend", "encoder", "head", "encoder.fp16", "head.fp16"])
 def test_changed_or_missing_weights_are_refused(weights_beside, tmp_path, graph):
     bundle = shutil.copytree(weights_beside, tmp_path / "b")
     weights = bundle / f"{graph}.weights"
@@ -246,12 +258,13 @@ def test_changed_or_missing_weights_are_refused(weights_beside, tmp_path, graph)
         Scorer.open(bundle)
 
 
-def test_half_graphs_need_no_file_beside_them(weights_beside, tmp_path):
-    for spec in read_manifest(weights_beside).half.graphs.values():
-        assert spec.weights is None
-        alone = shutil.copy(weights_beside / spec.file, tmp_path)
-        assert spec.sha256 == file_sha256(alone)
-        onnxruntime.InferenceSession(alone, providers=["CPUExecutionProvider"])
+def test_half_weights_beside_a_graph_change_no_score(weights_beside, half_bundle):
+    """Neither as ONNX Runtime has them nor with every half tensor rounded."""
+    rng = np.random.default_rng(0)
+    waveform, num_samples = pad_batch([rng.normal(0, 0.1, count).astype(np.float32) for count in (9_000, 20_000)])
+    for engine in (lambda files: OnnxRuntimeBackend(files, EngineOptions("cpu", "fp16")), RoundedHalf):
+        ours, theirs = (engine(open_files(b)).scores(waveform, num_samples) for b in (weights_beside, half_bundle))
+        assert np.array_equal(ours, theirs)
 
 
 def test_every_layer_agrees_with_weights_beside(weights_beside, tiny_model):
