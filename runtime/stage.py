@@ -36,7 +36,8 @@ class Stage:
 
     A run that comes again is captured as a CUDA graph, in a context of its own as TensorRT wants it, and launched as
     that from then on; at most `graphs_kept` are kept, and one that is still in use never gives way. A run that cannot
-    be captured (some loops cannot) is given layer by layer, as are all with `graphs_kept` 0.
+    be captured (some loops cannot) is given layer by layer, as are all with `graphs_kept` 0. TensorRT-RTX captures by
+    itself, as it alone knows when a kernel gives way to one made for the shape; each context of it keeps one graph.
 
     kernels    : TensorRT-RTX makes, and shares with the bundle's other engines
     complaints : TensorRT's own lines, which its logger adds to
@@ -65,14 +66,11 @@ class Stage:
             tensor = self.engine.get_tensor_name(index)
             if self.engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE:
                 raise BackendError(f"the {name} wants {tensor} in the host's memory; compile the bundle again")
-        self._config = self.engine.create_runtime_config()
-        self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        kernels.configure(trt, self._config)
-        # RTX captures by itself: it alone knows when a kernel gives way to one that is made for the shape.
-        native = hasattr(self._config, "cuda_graph_strategy")
-        if native and graphs_kept:
-            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._graphs_kept = 0 if native else graphs_kept
+        self._config, self._capturing = self._new_config(kernels), self._new_config(kernels)
+        self._captures_itself = hasattr(self._capturing, "cuda_graph_strategy")
+        if self._captures_itself:
+            self._capturing.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._graphs_kept = graphs_kept
         self._contexts: dict[int, _Context] = {}
         self._seen: OrderedDict[Run, None] = OrderedDict()
         self._graphs: OrderedDict[Run, _Graph] = OrderedDict()  # the one used last at the end
@@ -91,12 +89,11 @@ class Stage:
         if (graph := self._graphs.get(run)) is not None:
             self._graphs.move_to_end(run)
             graph.used = self._runs
-            self._device.launch(graph.handle, self._stream)
-        elif capture and run in self._seen and self._has_room():
-            context = self._new_context(run.profile)
-            self._enqueue(context, run)  # not captured: the first run in new shapes sets things up
-            self._capture(context, run)
-        else:
+            if graph.handle is None:
+                self._execute(graph.context)
+            else:
+                self._device.launch(graph.handle, self._stream)
+        elif not (capture and run in self._seen and self._has_room() and self._run_captured(run)):
             self._seen[run] = None
             if len(self._seen) > _SEEN_RUNS:
                 self._seen.popitem(last=False)
@@ -104,15 +101,15 @@ class Stage:
 
     def forget_graphs(self) -> None:
         """Drop all CUDA graphs, as addresses in them are no longer good; the stream must be idle."""
-        for graph in self._graphs.values():
-            self._device.destroy(graph.handle)
-        self._graphs.clear()
+        while self._graphs:
+            self._drop(self._graphs.popitem()[1])
         self._seen.clear()
 
     def close(self) -> None:
-        """Let go of graphs and contexts, while what they need is there; the stream must be idle."""
+        """Let go of graphs, contexts and the engine, each before what it needs; the stream must be idle."""
         self.forget_graphs()
         self._contexts.clear()
+        self._config = self._capturing = self.engine = self._runtime = None
 
     def _has_room(self) -> bool:
         """Whether a graph can be kept: there is room, or the oldest is out of use."""
@@ -121,22 +118,33 @@ class Stage:
         oldest = next(iter(self._graphs.values()), None)
         return oldest is not None and self._runs - oldest.used > _IDLE_RUNS * self._graphs_kept
 
-    def _capture(self, context: "_Context", run: Run) -> None:
+    def _run_captured(self, run: Run) -> bool:
+        """Give a run to the stream in a context of its own, and keep that with its graph; whether it was given."""
+        given, handle = False, None
         try:
-            with self._device.capture(self._stream) as captured:
-                self._execute(context)
+            context = self._new_context(run.profile, self._capturing)
+            self._enqueue(context, run)  # not captured: the first run in new shapes sets things up
+            given = True
+            if not self._captures_itself:
+                with self._device.capture(self._stream) as captured:
+                    self._execute(context)
+                (handle,) = captured
         except BackendError as error:
-            self._device.synchronize_stream(self._stream)  # the context is at work, and goes now
+            self._device.synchronize_stream(self._stream)  # the context may be at work, and goes now
             self._failures += 1
             if self._failures == _CAPTURE_FAILURES:
                 self._graphs_kept = 0
                 # As text: a record that kept the error would keep the engine.
                 _log.warning("the %s runs without CUDA graphs: %s", self.name, str(error))
-            return
+            return given
         if len(self._graphs) >= self._graphs_kept:
-            _, oldest = self._graphs.popitem(last=False)  # idle for longer than batches are under way
-            self._device.destroy(oldest.handle)
-        self._graphs[run] = _Graph(captured[0], context, self._runs)
+            self._drop(self._graphs.popitem(last=False)[1])  # idle for longer than batches are under way
+        self._graphs[run] = _Graph(handle, context, self._runs)
+        return given
+
+    def _drop(self, graph: "_Graph") -> None:
+        if graph.handle is not None:
+            self._device.destroy(graph.handle)
 
     def _enqueue(self, context: "_Context", run: Run) -> None:
         self._complaints.clear()
@@ -165,11 +173,18 @@ class Stage:
 
     def _context(self, profile: int) -> "_Context":
         if profile not in self._contexts:
-            self._contexts[profile] = self._new_context(profile)
+            self._contexts[profile] = self._new_context(profile, self._config)
         return self._contexts[profile]
 
-    def _new_context(self, profile: int) -> "_Context":
-        context = self.engine.create_execution_context(self._config)
+    def _new_config(self, kernels: LateKernels) -> Any:
+        """How contexts are made: their working memory is given to them."""
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        kernels.configure(self._trt, config)
+        return config
+
+    def _new_context(self, profile: int, config: Any) -> "_Context":
+        context = self.engine.create_execution_context(config)
         self._must(context is not None, "context")
         self._must(context.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
         return _Context(context)
@@ -199,7 +214,10 @@ class _Context:
 
 @dataclass(eq=False)
 class _Graph:
-    """A captured run, the context that must live as long, and the number of the run that used it last."""
+    """A captured run, the context that must live as long, and the number of the run that used it last.
+
+    handle : CUDA's; None where the context itself replays what it captured
+    """
 
     handle: Any
     context: _Context

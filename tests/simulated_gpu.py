@@ -8,6 +8,7 @@ was freed, two layers' working memory in one place, a context destroyed at work)
 The names are those of `cuda.bindings.runtime`, whose own enumerations are used, and of `tensorrt`.
 """
 
+import copy
 import ctypes
 import enum
 import json
@@ -450,7 +451,7 @@ class SimulatedRTX(SimulatedTensorRT):
 
     def __init__(self, cuda):
         super().__init__(cuda)
-        self.configs, self.made = [], []
+        self.configs, self.made, self.captured = [], [], 0
 
     def _load(self, logger, plan):
         engine = super()._load(logger, plan)
@@ -497,8 +498,15 @@ class SimulatedRTXContext(SimulatedContext):
         assert runtime_config.strategy == engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         super().__init__(engine)
         self.cache = runtime_config.cache
+        self.captures = runtime_config.cuda_graph_strategy == engine.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self.graph = None
 
     def execute_async_v3(self, stream):
+        """A context that captures keeps one graph, of the shapes and addresses that it was given last."""
+        assert not self.cuda.is_capturing(stream), "it captures by itself"
+        if self.captures and self.graph != (found := (self.given, self.addresses, self.memory)):
+            self.graph = copy.deepcopy(found)
+            self.engine.trt.captured += 1
         cache = self.cache()
         assert cache is not None, "the cache is gone before a context of it"
         kernel = f"{self.engine.output} {self.given}"

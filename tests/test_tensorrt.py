@@ -372,6 +372,62 @@ def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog, see
     ]
 
 
+def test_of_large_batches_only_the_head_is_captured(simulated, reference, monkeypatch):
+    """Its LSTM has as many kernels for one clip as for a hundred."""
+    monkeypatch.setattr("aesanet.runtime.backends.tensorrt.CAPTURED_SAMPLES", 20_000)
+    backend = simulated.open()
+    batch = noise(np.random.default_rng(0), [10_000, 12_000])
+    for _ in range(9):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+    assert simulated.cuda.calls["cudaGraphInstantiate"] == 3  # one a slot
+    assert simulated.cuda.calls["cudaGraphLaunch"] == 3
+
+
+def test_a_memory_too_full_for_another_context_goes_without_its_graph(simulated, reference, caplog):
+    """And without giving up, time and again, all that is there."""
+
+    class Crowded(SimulatedTensorRT):
+        def _load(self, logger, plan):
+            engine = super()._load(logger, plan)
+            create, contexts = engine.create_execution_context, []
+
+            def created(runtime_config):
+                if len(contexts) < len(PROFILES):
+                    contexts.append(None)
+                    return create(runtime_config)
+                logger.log(logger.Severity.ERROR, "IExecutionContext: CUDA out of memory")
+                return None
+
+            engine.create_execution_context = created
+            return engine
+
+    backend = simulated.open(trt=Crowded)
+    batch = noise(np.random.default_rng(0), [9_000])
+    backend.scores(*batch)
+    held = dict(simulated.cuda.held)
+    for _ in range(9):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+    assert simulated.cuda.held == held
+    told = [record.getMessage() for record in caplog.records if record.name == "aesanet"]
+    assert len(told) == 3
+    assert all("runs without CUDA graphs: tensorrt refused the" in line for line in told)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_that_wait_keep_their_shapes(gpu, reference, seed):
+    """None has begun when the last is given: what an engine is told of a later one must not reach an earlier."""
+    rng = np.random.default_rng(seed)
+    backend = gpu.open(seed)
+    stream = gpu.stream()
+    batches = [noise(rng, lengths) for lengths in ([16_000] * 4, [2_800], [9_000, 16_000])]
+    lent = [gpu.lend(waveform, stream, False) for waveform, _ in batches]
+    waiting = [
+        backend.submit(array, num_samples, stream) for array, (_, num_samples) in zip(lent, batches, strict=True)
+    ]
+    for pending, batch in zip(waiting, batches, strict=True):
+        np.testing.assert_allclose(pending(), reference(*batch), atol=gpu.tolerance)
+
+
 def test_a_full_memory_halves_the_batch_and_is_told_once(gpu, reference, caplog):
     rng = np.random.default_rng(0)
     batch = noise(rng, [LONGEST] * 3)

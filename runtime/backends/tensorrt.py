@@ -228,9 +228,8 @@ class TensorRTBackend(Backend):
 
         self._device.wait(self._scoring, slot.encoded)
         memory = (blocks["head's layers"], blocks.size("head's layers"))
-        self._head.run(
-            Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory), capture
-        )
+        # However large the batch: the LSTM's kernels are many, and as many as tokens in a clip.
+        self._head.run(Run(profile.index, shapes["head"], (encoded, counts, ("scores", blocks["scores"])), memory))
         found = slot.host("scores", np.float32, (rows, len(AXES)))
         self._device.copy_out(found, blocks["scores"], self._scoring)
         kept = None
