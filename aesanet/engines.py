@@ -88,9 +88,13 @@ def library_logger(trt: Any, least: Any, tell: Callable[[str, str], None]) -> An
 
 
 def known_capabilities(trt: Any) -> dict[str, Any]:
-    """Compute capabilities that the library can build for without such a GPU: "8.9" and its own name for it."""
+    """Compute capabilities that the library can build for without such a GPU: "8.9" and its own name for it.
+
+    But for 7.5, for which TensorRT-RTX has no FP32 matrix product, and every bundle's front end has one.
+    """
     names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
-    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
+    found = {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
+    return {capability: value for capability, value in found.items() if capability != "7.5"}
 
 
 def machine_parts(flavour: Flavour, trt: Any, capabilities: tuple[str, ...], gpu: Gpu | None) -> dict[str, str]:
@@ -144,8 +148,9 @@ def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
 
 
 def _check(path: Path, sha256: str) -> None:
-    found: Any = file_sha256(path) if path.is_file() else "missing"
-    if found != sha256:
+    if not path.is_file():
+        raise BundleError(f"{path}: no such file; compile the bundle again")
+    if (found := file_sha256(path)) != sha256:
         raise BundleError(f"{path}: sha256 is {found}, but the bundle says {sha256}; compile the bundle again")
 
 

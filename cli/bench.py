@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet.cli.notes import extra, note
-from aesanet.cli.options import engine_options
+from aesanet.cli.options import FiniteRange, engine_options
 
 if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell
@@ -48,7 +48,7 @@ def bench() -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--batches", callback=_numbers, default="1,4", show_default=True, help="Clips a batch.")
 @click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
-@click.option("--most", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
+@click.option("--most", type=FiniteRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
 @engine_options
 def latency(
@@ -88,7 +88,7 @@ def latency(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--batches", callback=_numbers, default="4,64", show_default=True, help="Clips a batch.")
 @click.option("--seconds", callback=_numbers, default="10", show_default=True, help="Lengths of clips.")
-@click.option("--most", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Seconds a cell may take.")
+@click.option("--most", type=FiniteRange(min=0), default=60.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of the processor.  [default: one a core that may be used]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("throughput.csv"), show_default=True)
 @engine_options
@@ -156,7 +156,7 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path())
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--max-batch-seconds", type=click.FloatRange(min=0, min_open=True), help="As of `aesanet score`.")
+@click.option("--max-batch-seconds", type=FiniteRange(min=0, min_open=True), help="As of `aesanet score`.")
 @click.option("--workers", type=click.IntRange(min=1), help="As of `aesanet score`.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("end-to-end.csv"), show_default=True)
 @engine_options

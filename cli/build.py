@@ -6,7 +6,7 @@ import click
 
 from aesanet.cli.compile import asked_for, compile, profiles_of
 from aesanet.cli.export import export
-from aesanet.cli.verify import verify
+from aesanet.cli.verify import check_asked, verify
 
 
 def _build(**given: Any) -> None:
@@ -17,6 +17,7 @@ def _build(**given: Any) -> None:
     flavour, capabilities = asked_for(given["flavour"], given["capability"])
     check_capabilities(load_library(flavour), capabilities)
     profiles_of(given["profiles"], window_seconds=10.0)
+    check_asked(given["out"], given["backend"], given["html"])
     context = click.get_current_context()
     context.invoke(export, fp16=True, **_own(export, given))
     context.invoke(compile, bundle=given["out"], **_own(compile, given))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from aesanet.cli.notes import note
+from aesanet.cli.options import FiniteRange
 from aesanet.errors import BackendError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | Non
     """Which library, and the compute capabilities each once and in order; only RTX can build for some."""
     from aesanet.export.compile import choose_flavour
 
-    names = {name.strip() for name in (capability or "").split(",")} - {""}
+    names = set() if capability is None else {name.strip() for name in capability.split(",")} - {""}
+    if capability is not None and not names:
+        raise click.UsageError(f"--capability: {capability!r} names none; give some, such as 8.0,8.9,12.0")
     capabilities = tuple(sorted(names, key=lambda name: (len(name), name)))  # 8.9 before 12.0
     return ("rtx" if capabilities and flavour == "auto" else choose_flavour(flavour)), capabilities
 
@@ -76,7 +79,9 @@ def _gpu_here() -> "Gpu | None":
     "--capability", help="RTX: compute capabilities to build for, such as 8.0,8.9,12.0.  [default: the library's own]"
 )
 @click.option(
-    "--workspace", type=click.FloatRange(min=0, min_open=True), help="GiB that a kernel may use.  [default: all]"
+    "--workspace",
+    type=FiniteRange(min=0, min_open=True, max=1024),
+    help="GiB that a kernel may use.  [default: all]",
 )
 @click.option(
     "--level", type=click.IntRange(0, 5), help="How long the builder searches, 0 to 5.  [default: the library's own]"
@@ -104,7 +109,10 @@ def compile(
     library, capabilities = asked_for(flavour, capability)
     gpu = None if capabilities else _gpu_here()
     memory_mib = None if gpu is None else int(gpu.memory)
-    chosen = profiles_of(profiles, read_manifest(bundle).window.window_seconds, memory_mib)
+    window_seconds = read_manifest(bundle).window.window_seconds
+    chosen = profiles_of(profiles, window_seconds, memory_mib)
+    if (longest := chosen[-1].max_seconds) < window_seconds:
+        note(f"no profile takes this bundle's windows of {window_seconds:g} s: clips of up to {longest:g} s only")
     if library == "rtx" and gpu is not None and not runs_on(load_library(library), gpu):
         note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)

@@ -1,9 +1,22 @@
-"""Which engine: options that commands share."""
+"""Which engine, and numbers: options that commands share."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds, and so neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As any click type does."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

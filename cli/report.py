@@ -8,6 +8,7 @@ import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import note
+from aesanet.cli.options import FiniteRange
 from aesanet.cli.sinks import check_out
 from aesanet.errors import InputError
 
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--clip-seconds",
-    type=click.FloatRange(min=0.1, max=60),
+    type=FiniteRange(min=0.1, max=60),
     default=6.0,
     show_default=True,
     help="How much of each can be heard.",
 )
 @click.option(
     "--audio-megabytes",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=10.0,
     show_default=True,
     help="The most that players may add to the page; clips after that have their names only.",

@@ -13,7 +13,7 @@ import click
 
 from aesanet import __version__
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
-from aesanet.cli.options import engine_options
+from aesanet.cli.options import FiniteRange, engine_options
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _WORTH = {
 @click.option("--unordered", is_flag=True, help="Write rows as they are done, not in the order of the input.")
 @click.option(
     "--max-batch-seconds",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=FiniteRange(min=0, min_open=True, max=1e6),
     help="Of audio in a batch, padding included.  [default: what suits the engine]",
 )
 @click.option(

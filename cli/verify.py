@@ -73,10 +73,9 @@ def verify(
     from aesanet.runtime.inputs import read_rows
     from aesanet.runtime.scorer import open_files
 
+    check_asked(bundle, backend, html)
     files = open_files(bundle)
     manifest = files.manifest
-    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir() or bundle in html.parents):
-        raise InputError(f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle")
     _check_source(bundle, manifest, checkpoint, beats)
     note(f"loading {checkpoint}")
     model = load_checkpoint(checkpoint, beats)
@@ -123,6 +122,17 @@ def verify(
             raise InputError(f"{html}: {error.strerror}") from None
     if any(result.failures for result, _ in found.values()):
         raise SystemExit(EXIT_ROWS_FAILED)
+
+
+def check_asked(bundle: Path, backend: str, html: Path | None) -> None:
+    """Raise InputError for a page where none can be, and BackendError for an engine that does not run here."""
+    from aesanet.runtime.backends import supported_backends
+
+    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir() or bundle in html.parents):
+        raise InputError(f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle")
+    for name, support in supported_backends().items():
+        if backend == name and not support.runs:
+            raise BackendError(f"{name}: {support.detail}")
 
 
 def _worst(reference: "Reference", all_scores: "Sequence[np.ndarray | None]") -> int:
@@ -181,8 +191,6 @@ def _engines(
     for name, support in supported_backends().items():
         if backend not in ("all", name):
             continue
-        if not support.runs and backend == name:
-            raise BackendError(f"{name}: {support.detail}")
         if not support.runs and name == "tensorrt" and files.manifest.engines:
             note(f"the bundle's compiled engines are left out: {support.detail}")
         for device, precision in support.runs:

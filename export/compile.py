@@ -34,6 +34,7 @@ from aesanet.export.writer import change_manifest, changing, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
+LOG_NAME = "build.log"
 _LEFT_OVER_SECONDS = 24 * 3600.0
 
 
@@ -57,7 +58,7 @@ def compile_bundle(
     """Build the FP16 engine of a bundle, or find it there by its key; says whether it was built.
 
     The front end stays FP32. Raises BundleError, BackendError (no such library here), or CompileError with TensorRT's
-    own reason; the bundle is then the same as before, but for `engines/build.log`.
+    own reason; the bundle is then the same as before, but for the library's lines in `engines/build.log`.
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
@@ -80,12 +81,16 @@ def compile_bundle(
     key = engine_key(parts)
     if key in manifest.engines:
         try:
-            return read_engine(bundle, manifest, key), False
+            engine = read_engine(bundle, manifest, key)
         except BundleError as error:
-            progress(f"{error}; it is built anew")
+            progress(f"this engine is damaged, and is built anew ({error})")
+        else:
+            _put_last(bundle, key)
+            return engine, False
     elif (changed := _changed_parts(bundle, manifest, parts)) is not None:
         progress(f"another engine than the last is needed: {', '.join(changed)} changed")
     log: list[str] = []
+    failed_log = bundle / ENGINES_FOLDER / LOG_NAME
     try:
         (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
         _sweep(bundle / ENGINES_FOLDER)
@@ -98,14 +103,21 @@ def compile_bundle(
                 built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress, timing)
                 plans[name] = _write_plan(built, folder / f"{name}.plan")
             engine = Engine(key, flavour, settings.capabilities, parts, plans)
+            (folder / LOG_NAME).write_text(_lines(log), encoding="utf-8")
             (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
             _add(bundle, engine, folder, graphs)
     except OSError as error:
         raise CompileError(f"{bundle}: the engine cannot be written: {error.strerror or error}") from None
-    finally:
+    except BaseException:
         with suppress(OSError):
-            (bundle / ENGINES_FOLDER / "build.log").write_text("\n".join(log) + "\n", encoding="utf-8")
+            failed_log.write_text(_lines(log), encoding="utf-8")
+        raise
+    failed_log.unlink(missing_ok=True)
     return engine, True
+
+
+def _lines(log: list[str]) -> str:
+    return "\n".join(log) + "\n"
 
 
 def _sweep(engines: Path) -> None:
@@ -137,10 +149,26 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
         folder.rename(place)
         # What was found of an engine that is built anew says nothing of this one.
         manifest = _without_engine(manifest, engine.key)
-        engines = manifest.engines | {engine.key: file_sha256(place / ENGINE_NAME)}
-        return msgspec.structs.replace(manifest, engines=engines)
+        return _with_engine_last(manifest, engine.key, file_sha256(place / ENGINE_NAME))
 
     change_manifest(bundle, enter)
+
+
+def _put_last(bundle: Path, key: str) -> None:
+    """Have an engine that was there be taken before others; a bundle that nobody may write stays as it is."""
+
+    def reorder(manifest: Manifest) -> Manifest:
+        if key not in manifest.engines:
+            raise CompileError(f"{bundle}: engine {short_key(key)} was removed meanwhile; compile the bundle again")
+        return _with_engine_last(manifest, key, manifest.engines[key])
+
+    if list(read_manifest(bundle).engines)[-1] != key:
+        try:
+            change_manifest(bundle, reorder)
+        except OSError as error:
+            raise CompileError(
+                f"{bundle}: engine {short_key(key)} is there, but cannot be put first: {error.strerror or error}"
+            ) from None
 
 
 def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:
@@ -169,6 +197,12 @@ def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:
     return count, size
 
 
+def _with_engine_last(manifest: Manifest, key: str, sha256: str) -> Manifest:
+    """The manifest with an engine at the end, from where those who score take the first that fits."""
+    others = {other: digest for other, digest in manifest.engines.items() if other != key}
+    return msgspec.structs.replace(manifest, engines=others | {key: sha256})
+
+
 def _without_engine(manifest: Manifest, key: str) -> Manifest:
     """The manifest without an engine and what was found of it."""
     engines = {other: sha256 for other, sha256 in manifest.engines.items() if other != key}
@@ -188,12 +222,12 @@ def _gpu() -> Gpu:
 
 
 def _changed_parts(bundle: Path, manifest: Manifest, parts: Mapping[str, str]) -> list[str] | None:
-    """Names of the parts in which the last engine that was built differs; None where there is none to compare."""
-    try:
-        before = read_engine(bundle, manifest, list(manifest.engines)[-1]).parts
-    except (IndexError, BundleError):
-        return None
-    return [name for name, value in parts.items() if before.get(name) != value]
+    """Names of the parts in which the last engine that is whole differs; None where there is none to compare."""
+    for key in reversed(manifest.engines):
+        with suppress(BundleError):
+            before = read_engine(bundle, manifest, key).parts
+            return [name for name, value in parts.items() if before.get(name) != value]
+    return None
 
 
 def _write_plan(built: BuiltPlan, out: Path) -> Plan:

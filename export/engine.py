@@ -154,7 +154,8 @@ def _builder(trt: Any, logger: Any, log: list[str]) -> Any:
 def _last(log: Sequence[str]) -> str:
     """The library's last complaint."""
     complaints = [line for line in log if line.startswith(("ERROR", "INTERNAL_ERROR"))]
-    return (complaints or ["no reason was given"])[-1]
+    last = (complaints or ["no reason was given"])[-1]
+    return f"{last}; smaller --profiles may do" if "OutOfMemory" in last else last
 
 
 def _logger(trt: Any, log: list[str]) -> Any:

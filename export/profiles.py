@@ -62,10 +62,10 @@ def make_profiles(bounds: Sequence[tuple[float, int]]) -> tuple[Profile, ...]:
     profiles: list[Profile] = []
     start = MIN_SAMPLES / SAMPLE_RATE
     for seconds, batch in sorted(bounds):
-        if not start <= seconds <= MAX_SECONDS or (profiles and seconds == start):
-            raise ValueError(
-                f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s, each once"
-            )
+        if profiles and seconds == start:
+            raise ValueError(f"two profiles up to {seconds:g} s; give each length once")
+        if not start <= seconds <= MAX_SECONDS:
+            raise ValueError(f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s")
         if not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"a profile of {batch} clips; it must be from 1 to {MAX_BATCH}")
         profiles.append(Profile(start, seconds, batch))
