@@ -90,7 +90,8 @@ def compile_bundle(
     elif (changed := _changed_parts(bundle, manifest, parts)) is not None:
         progress(f"another engine than the last is needed: {', '.join(changed)} changed")
     log: list[str] = []
-    failed_log = bundle / ENGINES_FOLDER / LOG_NAME
+    log_of_failure = bundle / ENGINES_FOLDER / LOG_NAME
+    finished = False
     try:
         (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
         _sweep(bundle / ENGINES_FOLDER)
@@ -106,13 +107,15 @@ def compile_bundle(
             (folder / LOG_NAME).write_text(_lines(log), encoding="utf-8")
             (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
             _add(bundle, engine, folder, graphs)
+            finished = True
     except OSError as error:
         raise CompileError(f"{bundle}: the engine cannot be written: {error.strerror or error}") from None
-    except BaseException:
+    finally:
         with suppress(OSError):
-            failed_log.write_text(_lines(log), encoding="utf-8")
-        raise
-    failed_log.unlink(missing_ok=True)
+            if finished:
+                log_of_failure.unlink(missing_ok=True)
+            else:
+                log_of_failure.write_text(_lines(log), encoding="utf-8")
     return engine, True
 
 

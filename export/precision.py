@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from aesanet.bundle import GraphPrecision
 from aesanet.errors import ExportError
+from aesanet.export.lstm import join_lstms
 
 PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv"})
 ISLANDS: Final = frozenset({"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "ReduceMean", "Sigmoid"})
@@ -42,6 +43,7 @@ def to_half(model: ir.Model, logits: GraphPrecision) -> None:
     logits : how attention logits leave their matrix product
     """
     graph = model.graph
+    join_lstms(graph)  # as what is half is for GPUs
     computes_in = _types(graph, logits)
     casts = _Casts(graph)
     for node, dtype in computes_in.items():

@@ -1,8 +1,10 @@
 """Small random models, public BEATs files and audio for the tests."""
 
+import copy
 import math
 
 import numpy as np
+import onnx
 import torch
 
 from aesanet.axes import AXES
@@ -233,3 +235,13 @@ def write_lines(path, rows):
         for row in rows:
             write_row(file, row)
     return path
+
+
+def typed(path_or_model):
+    """The graph, and the type of every tensor in it as onnx itself infers it, from inputs and weights alone."""
+    proto = copy.deepcopy(path_or_model) if isinstance(path_or_model, onnx.ModelProto) else onnx.load(path_or_model)
+    del proto.graph.value_info[:]
+    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return proto.graph, types | {t.name: t.data_type for t in proto.graph.initializer}

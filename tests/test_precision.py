@@ -1,6 +1,5 @@
 """FP16 graphs: which types they hold, that their rounding is seen, and when they are refused."""
 
-import copy
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import RECORDINGS
+from helpers import typed
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -32,16 +32,6 @@ from aesanet.runtime.windows import pad_batch
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 ISLANDS = {"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "Sigmoid"}
-
-
-def typed(path_or_model):
-    """The graph, and the type of every tensor in it as onnx itself infers it, from inputs and weights alone."""
-    proto = copy.deepcopy(path_or_model) if isinstance(path_or_model, onnx.ModelProto) else onnx.load(path_or_model)
-    del proto.graph.value_info[:]
-    proto = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    return proto.graph, types | {t.name: t.data_type for t in proto.graph.initializer}
 
 
 def logits_of(graph):
