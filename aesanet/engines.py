@@ -9,7 +9,8 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -71,6 +72,18 @@ def load_library(flavour: Flavour) -> Any:
         raise BackendError(
             f"{MODULES[flavour]} cannot be imported ({error}): pip install 'aesanet[{_EXTRAS[flavour]}]'"
         ) from None
+
+
+def library_version(flavour: Flavour) -> str | None:
+    """Of the installed library: its package may have the name of a CUDA, too. None where there is none."""
+    return next((version for _, version in _packages(flavour)), None)
+
+
+def _packages(flavour: Flavour) -> Iterator[tuple[str, str]]:
+    """Names that the library's package may have and its versions, of those that are installed."""
+    for name in (MODULES[flavour], *(f"{MODULES[flavour]}_cu{major}" for major in range(11, 20))):
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def library_logger(trt: Any, least: Any, tell: Callable[[str, str], None]) -> Any:
@@ -156,10 +169,5 @@ def _check(path: Path, sha256: str) -> None:
 
 def _cuda_of_library(flavour: Flavour) -> str:
     """CUDA's major version that the installed library is of, from its package's name; "unknown" if none says it."""
-    for major in range(11, 20):
-        try:
-            version(f"{MODULES[flavour]}_cu{major}")
-        except PackageNotFoundError:
-            continue
-        return str(major)
-    return "unknown"
+    majors = (name.partition("_cu")[2] for name, _ in _packages(flavour))
+    return next(filter(None, majors), "unknown")

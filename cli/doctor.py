@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from aesanet import __version__
+from aesanet.engines import Flavour, library_version
 from aesanet.errors import BackendError
 from aesanet.machine import list_gpus, processor_name, usable_cores
 
@@ -17,6 +18,7 @@ _PACKAGES = {
     "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
     "aesanet[rtx]": ("cuda-python", "tensorrt-rtx"),
 }
+_LIBRARIES: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 @click.command()
@@ -55,6 +57,8 @@ def doctor() -> None:
 
 
 def _version(package: str) -> str | None:
+    if package in _LIBRARIES:
+        return library_version(_LIBRARIES[package])
     try:
         return version(package)
     except PackageNotFoundError:

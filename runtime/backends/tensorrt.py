@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from threading import RLock
 from typing import Any, Final, TypeVar
 
@@ -17,7 +16,17 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import GraphName
-from aesanet.engines import ENGINES_FOLDER, MODULES, Flavour, load_library, misfits, read_engine, runs_on, short_key
+from aesanet.engines import (
+    ENGINES_FOLDER,
+    MODULES,
+    Flavour,
+    library_version,
+    load_library,
+    misfits,
+    read_engine,
+    runs_on,
+    short_key,
+)
 from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineMisfitError
 from aesanet.files import CacheFile
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
@@ -395,10 +404,8 @@ def support() -> Support:
     """Whether TensorRT or TensorRT-RTX can run here; which of the two, a bundle's engines say."""
     found: dict[Flavour, str] = {}
     for flavour, module in MODULES.items():
-        try:
-            found[flavour] = f"{module} {version(module)}"
-        except PackageNotFoundError:
-            continue
+        if (version := library_version(flavour)) is not None:
+            found[flavour] = f"{module} {version}"
     if not found:
         return Support(None, (), "not installed: pip install 'aesanet[gpu]', or 'aesanet[rtx]' for RTX GPUs")
     versions = " and ".join(found.values())
