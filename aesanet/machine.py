@@ -97,6 +97,14 @@ def cuda_gpu(cuda: Any) -> Gpu:
     )
 
 
+def require_gpu() -> None:
+    """Raise BackendError, with what NVIDIA's tool says, where there is no GPU at all, or no driver for it."""
+    try:
+        cuda_gpu(load_cuda())
+    except BackendError:  # no cuda-python, or one that wants a newer driver than others here do
+        list_gpus()
+
+
 def processor_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     try:

@@ -1,4 +1,4 @@
-"""Prints what scripts/gpu wants to be installed, a requirement a line: all that the project's extras say but PyTorch."""
+"""Prints what scripts/gpu wants to be installed, a requirement a line: all that the extras say but PyTorch."""
 
 import re
 import tomllib
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = ("gpu", "rtx", "export", "parquet")
+EXTRAS = ("gpu", "rtx", "openvino", "export", "parquet")
 TESTS = ("hypothesis", "imageio-ffmpeg", "kaldi-native-fbank", "pytest")
 # PyTorch is there, and TensorRT may be: pip cannot get it everywhere.
 NOT_ASKED_FOR = ("torch", "tensorrt")

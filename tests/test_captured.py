@@ -30,10 +30,22 @@ REAL = ("cuda", "fp32") in onnxruntime.support().runs
 
 @pytest.fixture
 def provider(monkeypatch):
-    """A machine whose onnxruntime has CUDA."""
+    """A machine with a GPU, whose onnxruntime has CUDA."""
     found = CudaProvider()
     monkeypatch.setitem(sys.modules, "onnxruntime", found)
+    monkeypatch.setattr(onnxruntime, "require_gpu", lambda: None)
     return found
+
+
+def test_a_cuda_provider_without_a_gpu_is_not_taken(provider, tiny_bundle, monkeypatch):
+    def none():
+        raise BackendError("none (no nvidia-smi, so no NVIDIA driver)")
+
+    assert ("cuda", "fp32") in onnxruntime.support().runs
+    monkeypatch.setattr(onnxruntime, "require_gpu", none)
+    assert onnxruntime.support().runs == (("cpu", "fp32"),)
+    with pytest.raises(BackendError, match=r"device=cuda.*on CUDA: none \(no nvidia-smi"):
+        Scorer.open(tiny_bundle, "cuda", backend="onnxruntime")
 
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.gpu)])

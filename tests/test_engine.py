@@ -43,6 +43,7 @@ from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 from aesanet.machine import Gpu
 from aesanet.models.config import AESANetConfig
 from aesanet.models.untrained import untrained_model
+from aesanet.runtime.backends import supported_backends
 
 SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
 SMALL_TWO = Settings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
@@ -410,6 +411,14 @@ def test_capabilities_are_the_librarys(trt, bundle):
     assert not (bundle / "engines").exists()
 
 
+def test_profiles_that_take_no_window_are_told(bundle, capsys):
+    for profiles, told in (("1:2", True), ("1:2,4:2", False)):
+        with pytest.raises(SystemExit):
+            main(["compile", str(bundle), "--flavour", "rtx", "--capability", "8.9", "--profiles", profiles])
+        err = capsys.readouterr().err
+        assert ("no profile takes this bundle's windows of 4 s: clips of up to 1 s only" in err) == told
+
+
 @pytest.mark.parametrize(
     ("capability", "runs"),
     [("7.0", False), ("7.5", False), ("8.0", True), ("9.0", False), ("10.0", False), ("12.0", True), ("13.0", True)],
@@ -551,6 +560,17 @@ def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, 
         main([*command, "--capability", "9.0"])
     assert stopped.value.code == 2
     assert "compute capability 9.0" in capsys.readouterr().err
+    for more, told in (
+        (["--html", str(tmp_path / "none" / "x.html")], "not a place for a page"),
+        (["--backend", "tensorrt"], "tensorrt: "),
+        (["--workspace", "nan"], "not a finite number"),
+    ):
+        if told == "tensorrt: " and "tensorrt" in {name for name, can in supported_backends().items() if can.runs}:
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *more])
+        assert stopped.value.code == 2
+        assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []  # before anything was exported
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--capability", "8.9", "--profiles", "1:2"])
@@ -568,6 +588,12 @@ def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, 
     [
         (["--profiles", "ten"], "give longest seconds and largest batch, such as 2:128,10:64"),
         (["--profiles", "10:0"], "a profile of 0 clips"),
+        (["--profiles", "5:4,5:8"], "two profiles up to 5 s; give each length once"),
+        (["--profiles", "700:1"], "a profile up to 700 s; it must be from 0.175 to 600 s"),
+        (["--capability", " ,"], "--capability: ' ,' names none; give some, such as 8.0,8.9,12.0"),
+        (["--workspace", "nan"], "'nan' is not a finite number"),
+        (["--workspace", "inf"], "inf is not in the range 0<x<=1024|is not a finite number"),
+        (["--capability", "7.5"], r"compute capability 7\.5: tensorrt_rtx [\d.]+ builds for 8\.0"),
     ],
 )
 def test_the_command_refuses_with_a_reason(bundle, capsys, arguments, told):

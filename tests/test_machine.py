@@ -3,8 +3,10 @@
 import io
 import os
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from simulated_gpu import SimulatedCuda
 
 from aesanet import machine
 from aesanet.benchmarks.records import clocks
@@ -58,3 +60,19 @@ def test_clocks_are_of_every_gpu_and_of_the_cores_that_may_be_used(nvidia_smi, m
 def test_the_clock_of_this_machine():
     clock = machine.processor_clock_mhz()
     assert clock is None or 100 < clock < 10_000
+
+
+def test_a_gpu_is_seen_by_cuda_or_by_nvidias_tool(monkeypatch, nvidia_smi):
+    """cuda-python may be of a newer CUDA than the driver, which others here may do with."""
+
+    def too_old():
+        raise BackendError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(machine, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
+    nvidia_smi("exit 9")
+    machine.require_gpu()
+    monkeypatch.setattr(machine, "load_cuda", too_old)
+    with pytest.raises(BackendError, match="nvidia-smi failed"):
+        machine.require_gpu()
+    nvidia_smi('echo "NVIDIA L4, 8.9, 550.1, 23034"')
+    machine.require_gpu()

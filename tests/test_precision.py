@@ -26,7 +26,7 @@ from aesanet.lengths import num_tokens
 from aesanet.models.demo import samples
 from aesanet.runtime import backends
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions, Support
-from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend, support
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch
 
@@ -342,7 +342,7 @@ def test_a_gpu_takes_fp16_where_the_bundle_has_it(bundle, taken, request, monkey
     assert opened == [EngineOptions("cuda", taken)]
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA provider")
+@pytest.mark.skipif(("cuda", "fp16") not in support().runs, reason="ONNX Runtime has no CUDA here")
 def test_fp16_on_a_gpu_keeps_the_scores(half_bundle):
     """Of whole recordings, whose windows are batched, against FP32 on the processor."""
     fp16, fp32 = (

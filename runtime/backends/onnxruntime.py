@@ -9,6 +9,7 @@ import numpy as np
 from aesanet.bundle import GRAPH_NAMES, GraphName
 from aesanet.errors import BackendError
 from aesanet.lengths import SAMPLE_RATE, TOKENS_PER_PATCH, num_tokens
+from aesanet.machine import require_gpu
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
@@ -137,9 +138,13 @@ def support() -> Support:
         import onnxruntime
     except ImportError:
         return Support(None, (), "not installed: pip install 'aesanet[cpu]', or onnxruntime-gpu for CUDA")
+    providers = onnxruntime.get_available_providers()
     runs: list[tuple[Device, Precision]] = [("cpu", "fp32")]
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        runs = [("cuda", "fp16"), ("cuda", "fp32"), *runs]
-    return Support(
-        onnxruntime.__version__, tuple(runs), "providers " + ", ".join(onnxruntime.get_available_providers())
-    )
+    detail = f"providers {', '.join(providers)}"
+    if "CUDAExecutionProvider" in providers:
+        try:
+            require_gpu()
+            runs = [("cuda", "fp16"), ("cuda", "fp32"), *runs]
+        except BackendError as error:
+            detail += f"; on CUDA: {error}"
+    return Support(onnxruntime.__version__, tuple(runs), detail)
