@@ -17,7 +17,7 @@ import torch
 from aesanet.axes import AXES
 from aesanet.bundle import GRAPH_NAMES, AxisParity, Manifest, Verification, graphs_used
 from aesanet.errors import ClipError, InputError
-from aesanet.export.half import session_as_written
+from aesanet.export.rounding import session_as_written
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy, num_tokens
 from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import AESANet

@@ -1,12 +1,6 @@
-"""The FP16 graphs of a bundle: written, and let in only if their scores are the FP32 graphs' on real audio.
+"""The FP16 graphs of a bundle: written, and let in only if their scores are the FP32 graphs' on real audio."""
 
-They are run by ONNX Runtime on a CPU, which computes half operators in FP32 and leaves out the roundings between them:
-tried, the product of two half matrices came out with 24 bits. So what is run is the graph with two Identities after
-every half tensor, and without optimisation: Identity has a half kernel, and what enters it is rounded. (One alone,
-between nodes that have no such kernel, is computed in FP32 like them.) That it does is seen anew at each check.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +13,10 @@ import onnxruntime
 from aesanet.bundle import HALF_GRAPH_NAMES, GraphName, GraphPrecision, GraphSpec, Half
 from aesanet.errors import ExportError
 from aesanet.export.graph import write_graph
+from aesanet.export.layers import Layers, compare_half
 from aesanet.export.parity import relative_error
 from aesanet.export.precision import to_half
+from aesanet.export.rounding import check_rounding, session_as_written
 from aesanet.lengths import SAMPLE_RATE, num_tokens
 
 FEATURES_LIMIT: Final = 5e-3
@@ -53,7 +49,7 @@ def add_half(
     Attention logits are rounded to half if that keeps the limits, as it is faster, and else stay FP32: in the encoder
     first, then in the head. Raises ExportError, with what was measured each way, if nothing does.
     """
-    _check_rounding()
+    check_rounding()
     reference = {name: _session(folder / spec.file) for name, spec in graphs.items()}
     tried = []
     for logits in _LOGITS:
@@ -74,9 +70,12 @@ def add_half(
                 scores_limit=SCORES_LIMIT,
             )
         tried.append(f"{features:.1e} and {scores:.1e} with logits in {in_words(logits)}")
+    worst = max(clips, key=lambda clip: np.nan_to_num(_worst_differences(reference, half, [clip])[1], nan=np.inf))
+    layers = "; ".join(map(str, _layers(folder, graphs, specs, reference, worst)))
     raise ExportError(
         f"FP16 does not keep this checkpoint's scores: features (relative) and scores differ by {', '.join(tried)}; "
-        f"limits {FEATURES_LIMIT:.0e} and {SCORES_LIMIT:.0e}. Export without --fp16, and use fp32 or bf16"
+        f"limits {FEATURES_LIMIT:.0e} and {SCORES_LIMIT:.0e}. On the worst clip, {layers}. Export without --fp16, and "
+        "use fp32 or bf16"
     )
 
 
@@ -95,33 +94,8 @@ def _write_half(folder: Path, spec: GraphSpec, logits: GraphPrecision) -> GraphS
     return msgspec.structs.replace(spec, file=path.name, sha256=sha256, precision="fp16", weights=weights)
 
 
-def round_as_written(model: ir.Model) -> None:
-    """Put two Identities after every half tensor that a node computes."""
-    for node in list(model.graph):
-        for value in node.outputs:
-            if value.dtype != ir.DataType.FLOAT16:
-                continue
-            uses, last, after = value.uses(), value, node
-            for number in (1, 2):
-                identity = ir.node("Identity", [last])
-                model.graph.insert_after(after, identity)
-                (last,), after = identity.outputs, identity
-                last.name, last.dtype, last.shape = f"{value.name}.rounded{number}", value.dtype, value.shape
-            for user, position in uses:
-                user.replace_input_with(position, last)
-
-
-def session_as_written(model: ir.Model) -> onnxruntime.InferenceSession:
-    """A session on the processor that rounds every half tensor of a graph; changes the graph (`round_as_written`)."""
-    model = ir.external_data.load_to_model(model)
-    round_as_written(model)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _session(ir.to_proto(model).SerializeToString(), options)
-
-
-def _session(model: Path | bytes, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def _worst_differences(reference: Sessions, half: Sessions, clips: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -138,6 +112,23 @@ def _worst_differences(reference: Sessions, half: Sessions, clips: Sequence[np.n
     return float(np.max(features)), float(np.max(scores))  # of anything and NaN, NaN
 
 
+def _layers(
+    folder: Path,
+    graphs: Mapping[GraphName, GraphSpec],
+    half: Mapping[GraphName, GraphSpec],
+    reference: Sessions,
+    clip: np.ndarray,
+) -> Iterator[Layers]:
+    """Where the FP16 graphs go wrong on a clip; each is given what the FP32 graph before it makes."""
+    tokens = np.array([num_tokens(len(clip))])
+    (fbank,) = reference["frontend"].run(["fbank"], {"waveform": clip[None]})
+    (features,) = reference["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
+    given: dict[GraphName, dict[str, np.ndarray]] = {"encoder": {"fbank": fbank}, "head": {"features": features}}
+    for name, arrays in given.items():
+        inputs = {**arrays, "num_tokens": tokens}
+        yield compare_half(name, onnx.load(folder / graphs[name].file), ir.load(folder / half[name].file), inputs)
+
+
 def _run(
     sessions: Sessions, frontend: onnxruntime.InferenceSession, clips: Sequence[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -151,29 +142,3 @@ def _run(
     (features,) = sessions["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
     (scores,) = sessions["head"].run(["scores"], {"features": features, "num_tokens": tokens})
     return [(own[:count], score) for own, count, score in zip(features, tokens, scores, strict=True)]
-
-
-_PRODUCT_AND_BIAS: Final = """
-<ir_version: 10, opset_import: ["" : 20]>
-product_and_bias (float[8, 64] x, float16[64, 64] weight, float16[64] bias) => (float[8, 64] y) {
-    half = Cast<to = 10>(x)
-    product = MatMul(half, weight)
-    sum = Add(product, bias)
-    y = Cast<to = 1>(sum)
-}
-"""
-
-
-def _check_rounding() -> None:
-    """Raise ExportError where this ONNX Runtime does not round as the check needs: seen on a product and its bias."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(8, 64)).astype(np.float32)
-    weight, bias = (rng.normal(0, 20, size).astype(np.float16) for size in ((64, 64), 64))
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(_PRODUCT_AND_BIAS)))
-    (found,) = session_as_written(model).run(None, {"x": x, "weight": weight, "bias": bias})
-    product = x.astype(np.float16).astype(np.float64) @ weight.astype(np.float64)
-    if not np.array_equal(found, product.astype(np.float16) + bias):
-        raise ExportError(
-            f"onnxruntime {onnxruntime.__version__} does not round half numbers on this processor as the check of "
-            "FP16 graphs needs; try onnxruntime 1.32 on x86-64, or export without --fp16"
-        )
