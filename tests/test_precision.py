@@ -255,8 +255,8 @@ def test_float_logits_are_tried_graph_by_graph(tiny_bundle, clips, tmp_path, mon
             "layers.1.final_layer_norm.weight",
             1e6,
             "FP16 does not keep this checkpoint's scores: .* nan and .* in fp16.* On the worst clip, encoder fp16: "
-            r"the first of \d+ layers that differs is beats\.layers\.2\.self_attn\.q_proj \(\w+\), by inf \(relative\); "
-            "head fp16: none of",
+            r"the first of \d+ layers that differs is beats\.layers\.2\.self_attn\.q_proj \(\w+\), by inf "
+            r"\(relative\); head fp16: none of",
         ),
     ],
 )
