@@ -46,7 +46,8 @@ def open_tensorrt(work: Work) -> Opened:
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
     engines = {name: EngineFromBytes(plan)() for name, plan in plans.items()}
-    profile = choose_profile(engine_profiles(engines["frontend"]), work.waveform.shape[1]).index
+    batch, samples = work.waveform.shape
+    profile = choose_profile(engine_profiles(engines["frontend"]), samples, batch).index
     runners = {
         name: TrtRunner(engine, optimization_profile=profile, allocation_strategy="runtime")
         for name, engine in engines.items()

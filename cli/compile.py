@@ -72,8 +72,8 @@ def _gpu_here() -> "Gpu | None":
 @click.option(
     "--profiles",
     callback=_bounds,
-    help="Longest seconds and largest batch of each: 2:128,10:64.  [default: 2 s, the bundle's window, 30 s, in "
-    "batches that the GPU's memory holds]",
+    help="Longest seconds and largest batch of each: 2:128,10:64; a length may come twice, as in 10:1,10:64 for single "
+    "clips.  [default: 2 s, the bundle's window, 30 s, in batches that the GPU's memory holds]",
 )
 @click.option(
     "--capability", help="RTX: compute capabilities to build for, such as 8.0,8.9,12.0.  [default: the library's own]"

@@ -58,17 +58,21 @@ def default_profiles(window_seconds: float, memory_mib: int | None = None) -> tu
 
 
 def make_profiles(bounds: Sequence[tuple[float, int]]) -> tuple[Profile, ...]:
-    """(longest seconds, largest batch) pairs to profiles that follow each other; raises ValueError."""
+    """(longest seconds, largest batch) pairs to profiles that follow each other; raises ValueError.
+
+    Of one length there may be several, for small batches and large ones: kernels that suit 64 clips do not suit one.
+    """
     profiles: list[Profile] = []
     start = MIN_SAMPLES / SAMPLE_RATE
     for seconds, batch in sorted(bounds):
-        if profiles and seconds == start:
-            raise ValueError(f"two profiles up to {seconds:g} s; give each length once")
+        same = bool(profiles) and seconds == profiles[-1].max_seconds
+        if same and batch == profiles[-1].max_batch:
+            raise ValueError(f"two profiles up to {seconds:g} s and {batch} clips; give each once")
         if not start <= seconds <= MAX_SECONDS:
             raise ValueError(f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s")
         if not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"a profile of {batch} clips; it must be from 1 to {MAX_BATCH}")
-        profiles.append(Profile(start, seconds, batch))
+        profiles.append(Profile(profiles[-1].min_seconds if same else start, seconds, batch))
         start = seconds
     if not profiles:
         raise ValueError("no profile; give at least one, such as 10:64")

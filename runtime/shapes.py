@@ -11,7 +11,7 @@ from aesanet.errors import BackendError
 from aesanet.lengths import HOP_SAMPLES, MIN_SAMPLES, PATCH_SIZE, SAMPLE_RATE
 
 CAPTURED_SAMPLES: Final = 160 * SAMPLE_RATE
-"""Of a batch, that are worth a CUDA graph: with more audio, giving kernels takes less than running them."""
+"""Of a batch, that are worth a CUDA graph of front end and encoder: with more, running kernels takes longer."""
 
 GRAPHS_KEPT: Final = 32
 """CUDA graphs of each ONNX graph, that an engine keeps."""
@@ -34,11 +34,16 @@ class Profile:
         return min(grid_batch(batch), self.max_batch), min(grid_samples(samples), self.max_samples)
 
 
-def choose_profile(profiles: Sequence[Profile], samples: int) -> Profile:
-    """The profile for clips padded to `samples`: the first that takes them; raises BackendError where none does."""
-    for profile in profiles:
-        if profile.min_samples <= samples <= profile.max_samples:
-            return profile
+def choose_profile(profiles: Sequence[Profile], samples: int, batch: int) -> Profile:
+    """The profile for a batch of clips padded to `samples`; raises BackendError where none takes clips so long.
+
+    Of those for the shortest clips that take them, the one for the smallest batches that takes so many; and where none
+    takes so many, the one for the largest, which takes them in parts.
+    """
+    if taking := [profile for profile in profiles if profile.min_samples <= samples <= profile.max_samples]:
+        shortest = min(profile.max_samples for profile in taking)
+        by_batch = sorted((p for p in taking if p.max_samples == shortest), key=lambda profile: profile.max_batch)
+        return next((profile for profile in by_batch if batch <= profile.max_batch), by_batch[-1])
     spans = " and ".join(f"{p.min_samples / SAMPLE_RATE:g} to {p.max_samples / SAMPLE_RATE:g} s" for p in profiles)
     raise BackendError(
         f"clips of {samples / SAMPLE_RATE:g} s, but this engine takes {spans}; compile with --profiles for longer ones"

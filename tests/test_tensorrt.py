@@ -82,9 +82,9 @@ class Simulated:
     def __init__(self, bundle):
         self.bundle = bundle
 
-    def open(self, seed=0, capacity=None, trt=SimulatedTensorRT, **options):
+    def open(self, seed=0, capacity=None, trt=SimulatedTensorRT, profiles=PROFILES, **options):
         self.cuda = Watched(SimulatedCuda(np.random.default_rng(seed)), capacity)
-        plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
+        plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, profiles) for name in GRAPH_NAMES}
         return TensorRTBackend(plans, trt(self.cuda), CudaDevice(self.cuda), **options)
 
     def stream(self):
@@ -627,7 +627,36 @@ def test_the_grid_has_few_shapes():
 
 def test_profiles_are_chosen_by_length(simulated):
     profiles = simulated.open().profiles
-    assert [choose_profile(profiles, n).index for n in (2_800, 16_000, 16_001, LONGEST)] == [0, 0, 1, 1]
+    assert [choose_profile(profiles, n, 1).index for n in (2_800, 16_000, 16_001, LONGEST)] == [0, 0, 1, 1]
     assert profiles[1].padded(3, 63_999) == (3, LONGEST)
     assert profiles[0].padded(17, 15_999) == (18, 16_000)
     assert profiles[0].padded(99, 15_999) == (20, 16_000)
+
+
+def test_of_profiles_of_one_length_a_batch_takes_the_smallest_that_holds_it(simulated, reference):
+    bounds = make_profiles([(4.0, 1), (4.0, 6), (1.0, 20), (4.0, 3)])
+    backend = simulated.open(profiles=bounds)
+    assert [(p.min_samples, p.max_samples, p.max_batch) for p in backend.profiles] == [
+        (2_800, 16_000, 20),
+        (16_000, LONGEST, 1),
+        (16_000, LONGEST, 3),
+        (16_000, LONGEST, 6),
+    ]
+    chosen = [choose_profile(backend.profiles, 30_000, count).index for count in (1, 2, 3, 4, 6, 7, 100)]
+    assert chosen == [1, 2, 2, 3, 3, 3, 3]
+    assert choose_profile(backend.profiles, 16_000, 21).index == 0  # in parts, and not with kernels for longer ones
+    assert backend.batch_seconds(4.0) == 6 * 4.0
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 5, 7, 13):
+        batch = noise(rng, [20_000 + 97 * number for number in range(count)])
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+
+
+def test_a_full_memory_halves_the_profile_that_was_too_large_alone(simulated, reference):
+    bounds = make_profiles([(4.0, 1), (4.0, 3)])
+    batch = noise(np.random.default_rng(0), [LONGEST] * 3)
+    backend = simulated.open(profiles=bounds)
+    backend.scores(*batch)
+    backend = simulated.open(profiles=bounds, capacity=sum(simulated.cuda.held.values()) - 1)
+    for _ in range(3):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)

@@ -138,16 +138,17 @@ class TensorRTBackend(Backend):
 
     def batch_seconds(self, window_seconds: float) -> float:
         """As `Backend.batch_seconds`: the batch that the profile of a bundle's windows was compiled for."""
-        profile = choose_profile(self.profiles, round(window_seconds * SAMPLE_RATE))
-        return profile.max_batch * window_seconds
+        samples = round(window_seconds * SAMPLE_RATE)
+        most = max(profile.max_batch for profile in self.profiles)
+        return choose_profile(self.profiles, samples, most).max_batch * window_seconds
 
     def _submit(self, waveform: Any, num_samples: np.ndarray, stream: Any, embedded: bool) -> list[Part]:
         with self._lock, self._device.current():
             batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
-            profile = choose_profile(self.profiles, batch.samples)
             parts: list[Part] = []
             try:
-                while len(batch.num_samples):
+                while count := len(batch.num_samples):
+                    profile = choose_profile(self.profiles, batch.samples, count)
                     most = self._most[profile.index]
                     part = self._launch_or_shrink(profile, batch.first(most), embedded)
                     if part is not None:
