@@ -158,7 +158,7 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
 
 
 def _put_last(bundle: Path, key: str) -> None:
-    """Have an engine that was there be taken before others; a bundle that nobody may write stays as it is."""
+    """Have an engine that was there be taken before others; raises CompileError where it cannot be."""
 
     def reorder(manifest: Manifest) -> Manifest:
         if key not in manifest.engines:

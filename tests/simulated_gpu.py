@@ -32,6 +32,7 @@ NOT_PERMITTED = real.cudaError_t.cudaErrorStreamCaptureUnsupported
 class Stream:
     def __init__(self, number):
         self.number, self.queue, self.captured, self.spoilt = number, deque(), None, False
+        self.captured_by = None
 
     def __int__(self):
         return self.number
@@ -82,7 +83,7 @@ class SimulatedCuda:
     # Memory
 
     def cudaMalloc(self, size):  # noqa: N802
-        if any(stream.captured is not None for stream in self.streams):
+        if self._captures_here():
             return NOT_PERMITTED, None
         if sum(map(len, self.device.values())) + size > self.capacity:
             return OUT_OF_MEMORY, None
@@ -114,8 +115,14 @@ class SimulatedCuda:
         memory[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
+    def _captures_here(self):
+        """Whether this thread captures a stream: in CUDA's thread-local mode others may do meanwhile as they like."""
+        return any(
+            stream.captured is not None and stream.captured_by == threading.get_ident() for stream in self.streams
+        )
+
     def _not_capturing(self):
-        assert not any(stream.captured is not None for stream in self.streams), "not while a stream is captured"
+        assert not self._captures_here(), "not while a stream is captured"
 
     def bytes_at(self, address, size, memory):
         """uint8 [size] of live memory."""
@@ -221,7 +228,9 @@ class SimulatedCuda:
     # Graphs
 
     def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
-        self._of(stream).captured, self._of(stream).spoilt = [], False
+        assert mode == real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        found = self._of(stream)
+        found.captured, found.captured_by, found.spoilt = [], threading.get_ident(), False
         return OK
 
     def spoil_capture(self, stream):
