@@ -460,7 +460,7 @@ class SimulatedRTX(SimulatedTensorRT):
 
     def __init__(self, cuda):
         super().__init__(cuda)
-        self.configs, self.made, self.captured = [], [], 0
+        self.configs, self.made, self.captured, self.replayed = [], [], 0, 0
 
     def _load(self, logger, plan):
         engine = super()._load(logger, plan)
@@ -513,9 +513,11 @@ class SimulatedRTXContext(SimulatedContext):
     def execute_async_v3(self, stream):
         """A context that captures keeps one graph, of the shapes and addresses that it was given last."""
         assert not self.cuda.is_capturing(stream), "it captures by itself"
-        if self.captures and self.graph != (found := (self.given, self.addresses, self.memory)):
-            self.graph = copy.deepcopy(found)
-            self.engine.trt.captured += 1
+        found = copy.deepcopy((self.given, self.addresses, self.memory))
+        if self.captures:
+            self.engine.trt.captured += self.graph != found
+            self.engine.trt.replayed += self.graph == found
+            self.graph = found
         cache = self.cache()
         assert cache is not None, "the cache is gone before a context of it"
         kernel = f"{self.engine.output} {self.given}"

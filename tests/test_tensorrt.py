@@ -633,7 +633,7 @@ def test_profiles_are_chosen_by_length(simulated):
     assert profiles[0].padded(99, 15_999) == (20, 16_000)
 
 
-def test_of_profiles_of_one_length_a_batch_takes_the_smallest_that_holds_it(simulated, reference):
+def test_of_profiles_of_one_length_a_batch_takes_the_smallest_that_holds_it(simulated, reference, monkeypatch):
     bounds = make_profiles([(4.0, 1), (4.0, 6), (1.0, 20), (4.0, 3)])
     backend = simulated.open(profiles=bounds)
     assert [(p.min_samples, p.max_samples, p.max_batch) for p in backend.profiles] == [
@@ -647,6 +647,15 @@ def test_of_profiles_of_one_length_a_batch_takes_the_smallest_that_holds_it(simu
     assert choose_profile(backend.profiles, 16_000, 21).index == 0  # in parts, and not with kernels for longer ones
     assert backend.batch_seconds(4.0) == 6 * 4.0
     rng = np.random.default_rng(0)
+    taken = []
+
+    def choose(profiles, samples, batch):
+        taken.append(choose_profile(profiles, samples, batch))
+        return taken[-1]
+
+    monkeypatch.setattr("aesanet.runtime.backends.tensorrt.choose_profile", choose)
+    backend.scores(*noise(rng, [20_000] * 8))
+    assert [profile.max_batch for profile in taken] == [6, 3]  # what is left over, too
     for count in (1, 2, 5, 7, 13):
         batch = noise(rng, [20_000 + 97 * number for number in range(count)])
         np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
