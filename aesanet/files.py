@@ -44,7 +44,9 @@ class CacheFile:
 
     def __init__(self, name: str, parts: Mapping[str, str]) -> None:
         number = hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()[:16]
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(base):  # as its standard says
+            base = os.path.expanduser("~/.cache")
         self.path = Path(base, "aesanet", f"{name}-{number}.cache")
 
     def read(self) -> bytes:
@@ -55,6 +57,8 @@ class CacheFile:
 
     def write(self, content: bytes) -> None:
         """Put `content` in the place of what was there."""
+        if not self.path.is_absolute():  # this user has no home
+            return
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as beside:

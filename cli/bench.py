@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell
 
 
+_MOST_SECONDS = 100_000  # of audio in a batch; 6 GB of samples
+
+
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
     """Positive numbers from text such as 1,8,64."""
     try:
@@ -31,6 +34,8 @@ def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
 
     if any(batch != int(batch) for batch in batches):
         raise click.UsageError("--batches are whole numbers of clips")
+    if max(batches) * max(seconds) > _MOST_SECONDS:
+        raise click.UsageError(f"--batches times --seconds are at most {_MOST_SECONDS:,} s of audio")
     if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
         raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
     return [Cell(int(batch), length) for batch in batches for length in seconds]
@@ -156,7 +161,7 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path())
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--max-batch-seconds", type=FiniteRange(min=0, min_open=True), help="As of `aesanet score`.")
+@click.option("--max-batch-seconds", type=FiniteRange(min=0, min_open=True, max=1e6), help="As of `aesanet score`.")
 @click.option("--workers", type=click.IntRange(min=1), help="As of `aesanet score`.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("end-to-end.csv"), show_default=True)
 @engine_options

@@ -105,14 +105,18 @@ def compile(
     from aesanet.engines import load_library, runs_on
     from aesanet.export.compile import compile_bundle, prune_engines
     from aesanet.export.engine import Settings
+    from aesanet.lengths import SAMPLE_RATE
 
     library, capabilities = asked_for(flavour, capability)
     gpu = None if capabilities else _gpu_here()
     memory_mib = None if gpu is None else int(gpu.memory)
-    window_seconds = read_manifest(bundle).window.window_seconds
-    chosen = profiles_of(profiles, window_seconds, memory_mib)
-    if (longest := chosen[-1].max_seconds) < window_seconds:
-        note(f"no profile takes this bundle's windows of {window_seconds:g} s: clips of up to {longest:g} s only")
+    window = read_manifest(bundle).window
+    chosen = profiles_of(profiles, window.window_seconds, memory_mib)
+    if round((longest := chosen[-1].max_seconds) * SAMPLE_RATE) < window.window_samples:
+        raise click.UsageError(
+            f"--profiles: the longest is {longest:g} s, and this bundle's windows have {window.window_seconds:g} s: "
+            f"add one of these, such as {window.window_seconds:g}:{chosen[-1].max_batch}"
+        )
     if library == "rtx" and gpu is not None and not runs_on(load_library(library), gpu):
         note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import click
 
 
-class FiniteRange(click.FloatRange):
-    """A number within bounds, and so neither NaN nor infinite."""
+class Finite(click.types.FloatParamType):
+    """A number, and so neither NaN nor infinite."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As any click type does."""
@@ -16,6 +16,10 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class FiniteRange(click.FloatRange, Finite):
+    """One within bounds."""
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

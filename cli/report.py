@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--audio-megabytes",
-    type=FiniteRange(min=0),
+    type=FiniteRange(min=0, max=1e6),
     default=10.0,
     show_default=True,
     help="The most that players may add to the page; clips after that have their names only.",

@@ -15,7 +15,7 @@ import click
 
 from aesanet.axes import AXES
 from aesanet.cli.notes import EXIT_INTERRUPTED, extra, note
-from aesanet.cli.options import FiniteRange
+from aesanet.cli.options import Finite, FiniteRange
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,24 +56,24 @@ if TYPE_CHECKING:
 )
 @click.option("--unfreeze", is_flag=True, help="Train BEATs too; the paper keeps it frozen.")
 @click.option(
-    "--max-seconds", type=FiniteRange(), default=10.0, show_default=True, help="Longer clips are cut into windows."
+    "--max-seconds", type=Finite(), default=10.0, show_default=True, help="Longer clips are cut into windows."
 )
 @click.option("--allow-missing", is_flag=True, help="Train without the clips whose audio is missing.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Of what is computed once.  [default: OUT/cache]")
 @click.option("--batch-size", type=int, default=8, show_default=True)
-@click.option("--learning-rate", type=FiniteRange(), default=1e-4, show_default=True)
+@click.option("--learning-rate", type=Finite(), default=1e-4, show_default=True)
 @click.option("--epochs", type=int, default=100, show_default=True, help="At most.")
 @click.option("--patience", type=int, default=10, show_default=True, help="Epochs without a lower validation MSE.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True)
 @click.option("--triplet", type=click.Choice(["random", "hardest", "none"]), default="random", show_default=True)
 @click.option("--triplet-axis", type=click.Choice(["mean", *AXES]), default="mean", show_default=True)
-@click.option("--triplet-weight", type=FiniteRange(), default=0.2, show_default=True)
-@click.option("--triplet-margin", type=FiniteRange(), default=0.3, show_default=True)
+@click.option("--triplet-weight", type=Finite(), default=0.2, show_default=True)
+@click.option("--triplet-margin", type=Finite(), default=0.3, show_default=True)
 @click.option(
-    "--triplet-epsilon", type=FiniteRange(), default=0.5, show_default=True, help="What is near, on the 0-10 scale."
+    "--triplet-epsilon", type=Finite(), default=0.5, show_default=True, help="What is near, on the 0-10 scale."
 )
 @click.option("--triplet-buffer", type=int, default=256, show_default=True, help="Clips that are kept to compare with.")
-@click.option("--frame-weight", type=FiniteRange(), default=1.0, show_default=True, help="Of the MSE of each token.")
+@click.option("--frame-weight", type=Finite(), default=1.0, show_default=True, help="Of the MSE of each token.")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     help="auto is bf16 on CUDA and fp32 elsewhere.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--save-minutes", type=FiniteRange(), default=10.0, show_default=True, help="Save at least this often.")
+@click.option("--save-minutes", type=Finite(), default=10.0, show_default=True, help="Save at least this often.")
 def train(
     labels: tuple[Path, ...],
     audio_root: Path,

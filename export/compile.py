@@ -109,6 +109,7 @@ def compile_bundle(
             _add(bundle, engine, folder, graphs)
             finished = True
     except OSError as error:
+        _check_same(bundle, read_manifest(bundle), graphs)  # of a bundle that was replaced, the folder is gone
         raise CompileError(f"{bundle}: the engine cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
@@ -140,12 +141,17 @@ def _graphs(bundle: Path, manifest: Manifest) -> dict[GraphName, GraphSpec]:
     return graphs
 
 
+def _check_same(bundle: Path, manifest: Manifest, graphs: Mapping[GraphName, GraphSpec]) -> None:
+    """Raise CompileError for a bundle that has other graphs by now."""
+    if _graphs(bundle, manifest) != graphs:
+        raise CompileError(f"{bundle}: was exported anew meanwhile; compile it again")
+
+
 def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, GraphSpec]) -> None:
     """Move a finished engine to its place and enter it into the manifest as that is now: minutes have passed."""
 
     def enter(manifest: Manifest) -> Manifest:
-        if _graphs(bundle, manifest) != graphs:
-            raise CompileError(f"{bundle}: was exported anew meanwhile; compile it again")
+        _check_same(bundle, manifest, graphs)
         place = bundle / ENGINES_FOLDER / engine.key
         if place.exists():
             shutil.rmtree(place)

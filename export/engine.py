@@ -4,10 +4,14 @@ What only one has is looked up and not assumed: RTX builds for GPUs that are not
 """
 
 import re
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import msgspec
@@ -99,11 +103,12 @@ def build_plan(
     for index, capability in enumerate(settings.capabilities):
         if not config.set_compute_capability(known_capabilities(trt)[capability], index):
             raise CompileError(f"compute capability {capability} was refused by {trt.__name__} {trt.__version__}")
-    config.progress_monitor = _monitor(trt, lambda phase: progress(f"{path.name}: {phase}"))
     if timing is not None:
         timing.attach(config)
     started = time.monotonic()
-    plan = builder.build_serialized_network(network, config)
+    with _interrupts() as pressed:
+        config.progress_monitor = _monitor(trt, lambda phase: progress(f"{path.name}: {phase}"), pressed)
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise CompileError(f"{path.name} could not be built: {_last(log[before:])}")
     if timing is not None:
@@ -162,8 +167,31 @@ def _logger(trt: Any, log: list[str]) -> Any:
     return library_logger(trt, trt.ILogger.Severity.INFO, lambda severity, line: log.append(f"{severity} {line}"))
 
 
-def _monitor(trt: Any, news: Callable[[str], None]) -> Any:
-    """Tells of the outermost phases, at most every few seconds."""
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Keep Ctrl-C until the block ends, as the library drops exceptions; yields a function that tells of it."""
+    pressed = False
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if not here or before is not signal.default_int_handler:  # somebody else's affair
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _monitor(trt: Any, news: Callable[[str], None], stop: Callable[[], bool]) -> Any:
+    """Tells of the outermost phases, at most every few seconds, and ends the build when it shall stop."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -179,7 +207,7 @@ def _monitor(trt: Any, news: Callable[[str], None]) -> Any:
             if phase_name in self.steps and time.monotonic() - self.told >= _SECONDS_BETWEEN_NEWS:
                 self.told = time.monotonic()
                 news(f"{phase_name}, step {step + 1} of {self.steps[phase_name]} done")
-            return True  # go on
+            return not stop()
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
