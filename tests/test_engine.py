@@ -130,24 +130,28 @@ def demo_graphs(demo_bundle, clips, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
-def test_every_tensor_of_the_demo_has_the_type_that_onnx_gives_it(trt, demo_graphs, name):
+def test_every_tensor_of_the_demo_is_of_the_type_and_shape_that_onnx_gives_it(trt, demo_graphs, name):
     """All that TensorRT knows by a name of the graph, layer by layer; its own are of loops and of casts in products."""
     folder, specs = demo_graphs
-    network, *_alive = parsed(trt, folder / specs[name].file)
-    graph, expected = typed(folder / specs[name].file)
+    path = folder / specs[name].file
+    network, *_alive = parsed(trt, path)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    found = {
-        layer.get_output(index).name: layer.get_output(index).dtype.name
-        for layer in layers
-        for index in range(layer.num_outputs)
-    }
+    outputs = [layer.get_output(index) for layer in layers for index in range(layer.num_outputs)]
+    found = {tensor.name: tensor for tensor in outputs}
+    graph, types = typed(path)
     floats = {TensorProto.FLOAT: "FLOAT", TensorProto.FLOAT16: "HALF"}
-    of_nodes = {
-        value: floats[expected[value]] for node in graph.node for value in node.output if expected[value] in floats
-    }
-    known = of_nodes.keys() & found.keys()
-    assert {value: found[value] for value in known} == {value: of_nodes[value] for value in known}
-    assert len(known) > 0.9 * len(of_nodes)
+    made = [value for node in graph.node for value in node.output if types[value] in floats]
+    known = [value for value in made if value in found]
+    assert {value: found[value].dtype.name for value in known} == {value: floats[types[value]] for value in known}
+    assert len(known) > 0.9 * len(made)
+
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True).graph.value_info
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred if value.name in known}
+    assert len(shapes) > 0.9 * len(known)
+    for value, dims in shapes.items():
+        assert len(found[value].shape) == len(dims), value
+        for size, dim in zip(found[value].shape, dims, strict=True):
+            assert size == dim.dim_value or not dim.HasField("dim_value"), value
 
 
 @pytest.mark.parametrize("name", GRAPH_NAMES)
