@@ -70,7 +70,7 @@ def build_plan(
     """Parse one ONNX file and build its plan, strongly typed: every tensor has the type that the file says.
 
     tf32   : whether FP32 products may round their factors to ten bits
-    log    : receives the library's own lines
+    log    : receives every layer as the library parsed it, with its type, and the library's own lines
     timing : what earlier builds measured, and this one adds to
 
     Raises CompileError with the parser's or the builder's reason.
@@ -79,6 +79,8 @@ def build_plan(
     logger = _logger(trt, log)
     builder = _builder(trt, logger, log)
     network = parse(trt, builder, logger, path)
+    layers = layer_types(network)
+    log.extend(f"LAYER {name}: {kind} {dtype}" for name, kind, dtype in layers)
     config = builder.create_builder_config()
     # On by default, and it moves log-mel by up to 5.5.
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
@@ -116,7 +118,7 @@ def build_plan(
     return BuiltPlan(
         plan=bytes(plan),
         seconds=time.monotonic() - started,
-        layers=dict(sorted(Counter(f"{kind} {dtype}" for _, kind, dtype in layer_types(network)).items())),
+        layers=dict(sorted(Counter(f"{kind} {dtype}" for _, kind, dtype in layers).items())),
         activation_bytes=tuple(
             int(n) for line in log[before:] for n in re.findall(r"Total Activation Memory: (\d+) bytes", line)
         ),

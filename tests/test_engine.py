@@ -185,7 +185,11 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
         assert len(plan.activation_bytes) == 2  # one a profile
     assert engine.plans["encoder"].layers["SOFTMAX FLOAT"] == 3
     assert read_engine(bundle, manifest, engine.key) == engine
-    assert "Total Activation Memory" in (bundle / "engines" / engine.key / "build.log").read_text()
+    log = (bundle / "engines" / engine.key / "build.log").read_text()
+    assert "Total Activation Memory" in log
+    layers = [line for line in log.splitlines() if line.startswith("LAYER ")]
+    assert len(layers) == sum(sum(plan.layers.values()) for plan in engine.plans.values())
+    assert sum(line.endswith(": SOFTMAX FLOAT") for line in layers) == 3 + 4  # of layers and axes
     assert {path.name for path in (bundle / "engines").iterdir()} == {engine.key}
 
     said = []
