@@ -405,7 +405,8 @@ def test_a_memory_too_full_for_another_context_goes_without_its_graph(simulated,
     batch = noise(np.random.default_rng(0), [9_000])
     backend.scores(*batch)
     held = dict(simulated.cuda.held)
-    for _ in range(9):
+    for seed in range(9):
+        batch = noise(np.random.default_rng(seed), [9_000])
         np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
     assert simulated.cuda.held == held
     told = [record.getMessage() for record in caplog.records if record.name == "aesanet"]
