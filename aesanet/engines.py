@@ -4,7 +4,6 @@ An engine runs only where everything that went into it is the same. So its key i
 key that left out a part would one day give a plan for another GPU or version.
 """
 
-import hashlib
 import importlib
 import platform
 import re
@@ -19,7 +18,7 @@ import msgspec
 
 from aesanet.bundle import GRAPH_NAMES, GraphName, Manifest
 from aesanet.errors import BackendError, BundleError
-from aesanet.hashing import file_sha256
+from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.machine import Gpu
 
 ENGINES_FOLDER: Final = "engines"
@@ -56,7 +55,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def engine_key(parts: Mapping[str, str]) -> str:
     """The sha256 over all parts, in the order of their names."""
-    return hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()
+    return parts_sha256(parts)
 
 
 def short_key(key: str) -> str:
@@ -106,8 +105,7 @@ def known_capabilities(trt: Any) -> dict[str, Any]:
     But for 7.5, for which TensorRT-RTX has no FP32 matrix product, and every bundle's front end has one.
     """
     names = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
-    found = {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM\d+", name)}
-    return {capability: value for capability, value in found.items() if capability != "7.5"}
+    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if re.fullmatch(r"SM(?!75)\d+", name)}
 
 
 def machine_parts(flavour: Flavour, trt: Any, capabilities: tuple[str, ...], gpu: Gpu | None) -> dict[str, str]:

@@ -1,12 +1,11 @@
 """Files that are there whole or not at all, whenever the process is killed."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import msgspec
+from aesanet.hashing import parts_sha256
 
 
 @contextmanager
@@ -43,7 +42,7 @@ class CacheFile:
     """
 
     def __init__(self, name: str, parts: Mapping[str, str]) -> None:
-        number = hashlib.sha256(msgspec.json.encode(sorted(parts.items()))).hexdigest()[:16]
+        number = parts_sha256(parts)[:16]
         base = os.environ.get("XDG_CACHE_HOME", "")
         if not os.path.isabs(base):  # as its standard says
             base = os.path.expanduser("~/.cache")

@@ -130,9 +130,10 @@ def check_asked(bundle: Path, backend: str, html: Path | None) -> None:
 
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir() or bundle in html.parents):
         raise InputError(f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle")
-    for name, support in supported_backends().items():
-        if backend == name and not support.runs:
-            raise BackendError(f"{name}: {support.detail}")
+    if backend != "all":
+        for name, support in supported_backends().items():
+            if backend == name and not support.runs:
+                raise BackendError(f"{name}: {support.detail}")
 
 
 def _worst(reference: "Reference", all_scores: "Sequence[np.ndarray | None]") -> int:

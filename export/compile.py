@@ -34,7 +34,7 @@ from aesanet.export.writer import change_manifest, changing, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
-LOG_NAME = "build.log"
+_LOG_NAME = "build.log"
 _LEFT_OVER_SECONDS = 24 * 3600.0
 
 
@@ -85,12 +85,13 @@ def compile_bundle(
         except BundleError as error:
             progress(f"this engine is damaged, and is built anew ({error})")
         else:
-            _put_last(bundle, key)
+            if list(manifest.engines)[-1] != key:
+                _put_last(bundle, key)
             return engine, False
     elif (changed := _changed_parts(bundle, manifest, parts)) is not None:
         progress(f"another engine than the last is needed: {', '.join(changed)} changed")
     log: list[str] = []
-    log_of_failure = bundle / ENGINES_FOLDER / LOG_NAME
+    log_of_failure = bundle / ENGINES_FOLDER / _LOG_NAME
     finished = False
     try:
         (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
@@ -104,7 +105,7 @@ def compile_bundle(
                 built = build_plan(trt, bundle / spec.file, spec, settings, name == tf32_graph, log, progress, timing)
                 plans[name] = _write_plan(built, folder / f"{name}.plan")
             engine = Engine(key, flavour, settings.capabilities, parts, plans)
-            (folder / LOG_NAME).write_text(_lines(log), encoding="utf-8")
+            (folder / _LOG_NAME).write_text(_lines(log), encoding="utf-8")
             (folder / ENGINE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(engine), indent=2) + b"\n")
             _add(bundle, engine, folder, graphs)
             finished = True
@@ -171,13 +172,12 @@ def _put_last(bundle: Path, key: str) -> None:
             raise CompileError(f"{bundle}: engine {short_key(key)} was removed meanwhile; compile the bundle again")
         return _with_engine_last(manifest, key, manifest.engines[key])
 
-    if list(read_manifest(bundle).engines)[-1] != key:
-        try:
-            change_manifest(bundle, reorder)
-        except OSError as error:
-            raise CompileError(
-                f"{bundle}: engine {short_key(key)} is there, but cannot be put first: {error.strerror or error}"
-            ) from None
+    try:
+        change_manifest(bundle, reorder)
+    except OSError as error:
+        raise CompileError(
+            f"{bundle}: engine {short_key(key)} is there, but cannot be put first: {error.strerror or error}"
+        ) from None
 
 
 def prune_engines(bundle: str | Path, kept: str) -> tuple[int, int]:

@@ -30,8 +30,8 @@ def _alike(one: ir.Node, other: ir.Node) -> bool:
     sizes = []
     for node in (one, other):
         plain = set(node.attributes) == {"hidden_size"} and not any(value.uses() for value in node.outputs[1:])
-        weights = [value.const_value for value in node.inputs[1:] if value is not None]
-        if not plain or len(node.inputs) != 4 or len(weights) != 3 or None in weights:
+        weights = [None if value is None else value.const_value for value in node.inputs[1:]]
+        if not plain or len(weights) != 3 or None in weights:
             return False
         sizes.append([weight.shape for weight in weights if weight is not None])
     return sizes[0] == sizes[1]

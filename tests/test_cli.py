@@ -295,3 +295,23 @@ def test_what_of_several_channels_is_scored_can_be_chosen(tiny_bundle, tmp_path)
 )
 def test_options_that_make_no_sense_together(tiny_bundle, audio, options, told):
     assert told in aesanet("score", tiny_bundle, audio, *options, status=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["bench", "latency", "B", "--seconds", "1e30"], "--batches times --seconds are at most 100,000 s of audio"),
+        (["bench", "throughput", "B", "--batches", "1e30"], "--batches times --seconds are at most 100,000 s of audio"),
+        (["bench", "end-to-end", "B", "A", "--max-batch-seconds", "1e308"], "is not in the range"),
+        (["report", "A", "--out", "R", "--audio-megabytes", "1e308"], "is not in the range"),
+        (["score", "B", "A", "--max-batch-seconds", "nan"], "is not a finite number"),
+        (["train", "--learning-rate", "inf"], "is not a finite number"),
+        (["train", "--seed", "99999999999999999999"], "is not in the range"),
+    ],
+)
+def test_numbers_are_such_as_can_be_meant(command, told, tiny_bundle, capsys):
+    places = {"B": str(tiny_bundle), "A": str(RECORDINGS[0]), "R": "report.html"}
+    with pytest.raises(SystemExit) as stopped:
+        main([places.get(word, word) for word in command])
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err

@@ -50,7 +50,7 @@ from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
 from aesanet.export.profiles import default_profiles, make_profiles
 from aesanet.export.timing import TimingCache
-from aesanet.export.writer import write_manifest
+from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 from aesanet.machine import Gpu
@@ -344,8 +344,14 @@ def test_an_engine_that_cannot_be_removed_is_told(bundle, monkeypatch):
     assert not (bundle / "engines" / first.key).exists()
 
 
-def test_a_bundle_that_was_exported_anew_meanwhile_gets_no_old_engine(bundle, monkeypatch):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_bundle_that_was_exported_anew_meanwhile_gets_no_old_engine(bundle, monkeypatch, replaced):
     def export():
+        if replaced:  # as export does it, and with it goes where the engine is written
+            with new_bundle(bundle) as folder:
+                for file in bundle.iterdir():
+                    if file.is_file():
+                        shutil.copy(file, folder)
         path = bundle / "head.fp16.onnx"
         path.write_bytes(path.read_bytes() + b"\xfa\x07\x00")
         manifest = read_manifest(bundle)

@@ -66,6 +66,23 @@ def test_a_file_is_of_one_engine_on_one_gpu(file):
     assert other.path.parent == file.path.parent
 
 
+@pytest.mark.parametrize("place", ["relative", ""])
+def test_a_cache_is_in_the_users_home_or_nowhere(tmp_path, monkeypatch, place):
+    """A relative XDG_CACHE_HOME is to be ignored, as its standard says; and not every user has a home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cache = CacheFile("kernels", {})
+    cache.write(b"kernels")
+    assert cache.path.parent == tmp_path / "home" / ".cache" / "aesanet"
+    assert CacheFile("kernels", {}).read() == b"kernels"
+    monkeypatch.setenv("HOME", "~")
+    homeless = CacheFile("kernels", {})
+    homeless.write(b"kernels")
+    assert homeless.read() == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 @pytest.mark.parametrize("content", [b"", b"damaged", b'["of another version"]'])
 def test_a_file_that_is_refused_is_written_anew(opened, file, content):
     file.path.parent.mkdir()

@@ -93,6 +93,14 @@ def test_all_that_is_asked_of_rtx_tensorrt_has_but_for_what_is_looked_up(rtx, te
         if kind in tensorrt and name in asked and name not in tensorrt[kind]
     }
     assert lacking == OF_RTX_ALONE
+    # What runs with RTX, or with what stands in for it, is called as TensorRT is.
+    otherwise = {
+        (kind, name): ways
+        for kind, has in rtx.items()
+        for name, ways in has.items()
+        if name in asked and name in tensorrt.get(kind, {}) and not all(way in tensorrt[kind][name] for way in ways)
+    }
+    assert otherwise == {}
     assert {"execute_async_v3", "build_serialized_network", "set_timing_cache"} <= asked
     # Before 11 TensorRT has other networks, too.
     assert "STRONGLY_TYPED" in tensorrt["NetworkDefinitionCreationFlag"]
