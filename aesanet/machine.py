@@ -64,7 +64,7 @@ def load_cuda() -> Any:
     """CUDA's runtime by way of cuda-python, which needs no toolkit; raises BackendError where it is not installed.
 
     Where CUDA has not begun in this process, it will take four times as many launches before one has to wait: about a
-    thousand, its own choice, are fewer than the head's LSTM has, and what waits keeps the next encoder from beginning.
+    thousand, as users have counted, are fewer than the head's LSTM has, and who waits cannot launch the next encoder.
     """
     os.environ.setdefault("CUDA_SCALE_LAUNCH_QUEUES", "4x")
     try:
