@@ -8,6 +8,7 @@ import torch
 from helpers import random_model, tiny_config
 from hypothesis import settings
 
+from aesanet.engines import load_library
 from aesanet.export.build import export_bundle
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.runtime.decode import ClipReader
@@ -111,3 +112,10 @@ def nvidia_smi(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def trt():
+    """The real TensorRT-RTX, which builds engines without a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
+    return load_library("rtx")
