@@ -53,6 +53,12 @@ def pytest_configure():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _compiled_anew(tmp_path_factory):
+    # What torch.compile keeps for all processes, one that was killed leaves half written.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     # Two that wait for each other on a busy machine are many times slower than one.
     torch.set_num_threads(1)
