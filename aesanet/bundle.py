@@ -81,11 +81,20 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cases: tuple[ParityCase, ...]
 
 
+class Fused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FP16 graphs in operators of ONNX Runtime that are fast with CUDA, and how far they were from FP32: as `Half`."""
+
+    graphs: dict[GraphName, GraphSpec]
+    features_relative: float
+    scores_max_abs: float
+
+
 class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The FP16 graphs of a bundle, and how far they were from its FP32 graphs on real audio: the worst over all clips.
 
     `logits` are the types in which each graph's attention logits leave their matrix product (see docs/precision.md);
-    `features_relative` is |fp16 - fp32| / |fp32| of a clip's features, as Euclidean norms.
+    `features_relative` is |fp16 - fp32| / |fp32| of a clip's features, as Euclidean norms. Engines are compiled from
+    `graphs`; ONNX Runtime runs `fused` on a GPU where the bundle has it.
     """
 
     graphs: dict[GraphName, GraphSpec]
@@ -97,6 +106,7 @@ class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scores_max_abs: float
     features_limit: float
     scores_limit: float
+    fused: Fused | None = None
 
 
 class AxisParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,9 +180,15 @@ def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tup
     return (features, tokens), (TensorSpec("scores", "float32", ("batch", len(AXES))),)
 
 
-def graphs_used(manifest: Manifest, precision: str) -> dict[GraphName, str]:
-    """The sha256 of the graphs that an engine of a precision is made from."""
-    half = manifest.half.graphs if manifest.half and precision == "fp16" else {}
+def graphs_used(manifest: Manifest, kind: str) -> dict[GraphName, str]:
+    """The sha256 of the graphs that an engine is made from.
+
+    kind : of the engine, as its backend says it, such as "onnxruntime cuda fp16"
+    """
+    half: dict[GraphName, GraphSpec] = {}
+    if manifest.half and "fp16" in kind.split():
+        fused = manifest.half.fused if kind.startswith("onnxruntime cuda") else None
+        half = (fused or manifest.half).graphs
     return {name: half.get(name, spec).sha256 for name, spec in manifest.graphs.items()}
 
 

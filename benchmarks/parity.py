@@ -162,7 +162,7 @@ def verify(backend: Backend, manifest: Manifest, reference: Reference) -> tuple[
     worst = (np.abs(alone - reference.scores).max(axis=1) / allowed(reference, limit)).max()
     result = Verification(
         engine=backend.name,
-        graphs=graphs_used(manifest, backend.precision),
+        graphs=graphs_used(manifest, backend.kind),
         windows=len(windows),
         seconds=sum(map(len, windows)) / SAMPLE_RATE,
         axes=axes,
@@ -180,7 +180,7 @@ def not_opened(kind: str, manifest: Manifest, precision: Precision, reason: str)
     """What is kept of an engine that should run here and cannot load the bundle."""
     return Verification(
         engine=kind,
-        graphs=graphs_used(manifest, precision),
+        graphs=graphs_used(manifest, kind),
         windows=0,
         seconds=0.0,
         axes={},

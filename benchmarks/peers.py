@@ -8,8 +8,9 @@ import statistics
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +40,6 @@ from aesanet.runtime.backends.base import Device
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
-from aesanet.runtime.shapes import CAPTURED_SAMPLES
 
 PEERS_COLUMNS: Final = (
     *MACHINE,
@@ -62,7 +62,7 @@ class Plan:
     part: Part
     device: Device
     threads: int
-    batch: int
+    batches: tuple[int, ...]  # clips that are scored at once: one comparison after the other
     clips: int
     rounds: int
     checkpoint: Path | None  # None: an untrained network of the public base size
@@ -76,24 +76,32 @@ class Seen:
     found: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
-def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[str, Any]]:
-    """A row of `PEERS_COLUMNS` for each contestant that runs here; `note` hears why others do not.
+def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> Iterator[list[dict[str, Any]]]:
+    """For each size of batch, a row of `PEERS_COLUMNS` for each contestant that runs; `note` hears why others do not.
 
     inputs : audio files and folders of them; without any, `plan.clips` clips of 10 s of the recordings that come
              with aesanet
 
     Raises InputError for inputs that some contestants could not read, and BackendError where nobody can run.
     """
-    where = machine()
-    with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = _whole_files(inputs) if inputs else list(write_clips(samples(), plan.clips, folder))
-        lengths = [_seconds(file) for file in files] if plan.part == "files" else [CLIP_SECONDS] * plan.batch
+        lengths = [_seconds(file) for file in files] if plan.part == "files" else []
         work = _prepare(plan, files, folder, note)
-        contestants = list(_contestants(plan, note))
+        for batch in plan.batches:
+            of_batch = replace(work, batch=batch, waveform=work.waveform[:batch], fbank=work.fbank[:batch])
+            yield _measure(plan, of_batch, lengths or [CLIP_SECONDS] * batch, note)
+
+
+def _measure(plan: Plan, work: Work, lengths: Sequence[float], note: Notes) -> list[dict[str, Any]]:
+    """The rows of one comparison, of clips of so many seconds each."""
+    where = machine()
+    contestants = list(_contestants(plan, note))
+    with ExitStack() as processes:
         entered = _enter(contestants, work, processes, note)
         # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots.
-        warm_ups = 9 if plan.device == "cuda" else 2
+        warm_ups = 9 if any("tensorrt" in told for told in entered) else 3
         seen = take_turns({told: alone.run for told, alone in entered.items()}, warm_ups, plan.rounds, note)
         if not seen:
             raise BackendError("no contestant could do the work")
@@ -115,17 +123,18 @@ def measure_peers(inputs: Sequence[str], plan: Plan, note: Notes) -> list[dict[s
 
 
 def _enter(contestants: Sequence[Contestant], work: Work, processes: ExitStack, note: Notes) -> dict[str, Alone]:
-    """All who can be opened, by name."""
+    """All who can be opened, by name; on a GPU at the same time, as its machine has memory and cores for all."""
     entered: dict[str, Alone] = {}
-    for contestant in contestants:
-        note(f"opening {contestant}")
-        try:
-            alone = Alone(contestant, work)
-        except Exception as error:  # theirs may be anything
-            note(f"left out: {contestant}: {error}")
-            continue
-        processes.callback(alone.close)
-        entered[str(contestant)] = alone
+    with ThreadPoolExecutor(len(contestants) if work.device == "cuda" else 1) as opening:
+        opened = {str(contestant): opening.submit(Alone, contestant, work) for contestant in contestants}
+        for told, future in opened.items():
+            note(f"opening {told}")
+            try:
+                entered[told] = future.result()
+            except Exception as error:  # theirs may be anything
+                note(f"left out: {told}: {error}")
+            else:
+                processes.callback(entered[told].close)
     return entered
 
 
@@ -221,27 +230,28 @@ def _seconds(file: str) -> float:
 
 
 def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Work:
-    """The checkpoint, its bundle with all that engines of the device need, and the same audio in memory."""
+    """The checkpoint, its bundle with all that engines of the device need, and audio for the largest batch."""
     checkpoint, bundle = plan.checkpoint, folder / "bundle"
     if checkpoint is None:
         checkpoint = folder / "untrained-base.safetensors"
         save_checkpoint(untrained_model(AESANetConfig(), seed=0), checkpoint)
     on_gpu = plan.device == "cuda"
-    recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()] if on_gpu else []
+    recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()[:2]] if on_gpu else []
     export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
     if on_gpu and tensorrt.support().runs:
         compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
     model = load_checkpoint(checkpoint)
-    clips = [np.concatenate(list(ClipReader(Clip(path)))) for path in files[: plan.batch]]
+    largest = max(plan.batches)
+    clips = [np.concatenate(list(ClipReader(Clip(path)))) for path in files[:largest]]
     length = round(CLIP_SECONDS * SAMPLE_RATE)
-    waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(plan.batch)])
+    waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(largest)])
     with torch.inference_mode():
         fbank = model.frontend(torch.from_numpy(waveform)).numpy()
     return Work(
         part=plan.part,
         device=plan.device,
         threads=plan.threads,
-        batch=plan.batch,
+        batch=largest,
         checkpoint=checkpoint,
         bundle=bundle,
         folder=folder,
@@ -258,8 +268,7 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
             if device != plan.device:
                 continue
             yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision, None))
-            captured = plan.part == "waveforms" and plan.batch * CLIP_SECONDS * SAMPLE_RATE <= CAPTURED_SAMPLES
-            if (backend, device) == ("onnxruntime", "cuda") and captured:
+            if (backend, device, plan.part) == ("onnxruntime", "cuda", "waveforms"):
                 open_captured = partial(open_aesanet, backend, precision, True)
                 yield Contestant(f"aesanet {backend} CUDA graphs", precision, open_captured)
     if plan.part != "files":  # it runs graphs and reads no files
@@ -270,7 +279,8 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
     reduced, dtype = ("fp16", torch.float16) if plan.device == "cuda" else ("bf16", torch.bfloat16)
     for compiled in (False, True):
         name = "pytorch compile" if compiled else "pytorch eager"
-        yield Contestant(name, "fp32", partial(open_pytorch, torch.float32, compiled))
+        if not compiled or plan.device == "cpu":  # on a GPU it takes longer to compile than it is worth
+            yield Contestant(name, "fp32", partial(open_pytorch, torch.float32, compiled))
         yield Contestant(name, f"{reduced} autocast", partial(open_pytorch, dtype, compiled))
     if plan.part != "files":
         return  # its parts are not ours

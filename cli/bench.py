@@ -1,6 +1,6 @@
 """`aesanet bench`: how fast a bundle is here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,18 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     return numbers
 
 
+def _whole(batches: Sequence[float]) -> Sequence[float]:
+    if any(batch != int(batch) for batch in batches):
+        raise click.UsageError("--batches are whole numbers of clips")
+    return batches
+
+
 def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
     """All combinations, once they were seen to make sense."""
     from aesanet.benchmarks.latency import Cell
     from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 
-    if any(batch != int(batch) for batch in batches):
-        raise click.UsageError("--batches are whole numbers of clips")
+    _whole(batches)
     if max(batches) * max(seconds) > _MOST_SECONDS:
         raise click.UsageError(f"--batches times --seconds are at most {_MOST_SECONDS:,} s of audio")
     if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
@@ -208,7 +213,9 @@ def end_to_end(
     show_default=True,
     help="Files on disk to scores, waveforms in memory to scores, or the encoder alone (these on 10 s clips).",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Clips; aesanet has its own.")
+@click.option(
+    "--batches", callback=_numbers, default="4", show_default=True, help="Clips; from files, aesanet has its own."
+)
 @click.option("--clips", type=click.IntRange(min=1), default=16, show_default=True, help="Of 10 s, without INPUTS.")
 @click.option(
     "--rounds",
@@ -223,7 +230,7 @@ def end_to_end(
     "--checkpoint", type=click.Path(path_type=Path), help="By default an untrained network of the base size, 90 M."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("peers.csv"), show_default=True)
-def peers(inputs: tuple[str, ...], threads: int | None, out: Path, **plan: Any) -> None:
+def peers(inputs: tuple[str, ...], batches: list[float], threads: int | None, out: Path, **plan: Any) -> None:
     """Time aesanet's engines beside PyTorch, Polygraphy and audiobox-aesthetics, in turns, on INPUTS or recordings.
 
     PyTorch runs the same network, eager and compiled, in FP32 and by autocast. From files, it and audiobox-aesthetics
@@ -238,8 +245,13 @@ def peers(inputs: tuple[str, ...], threads: int | None, out: Path, **plan: Any) 
     from aesanet.machine import usable_cores
 
     check_columns(out, PEERS_COLUMNS)
-    rows = measure_peers(inputs, Plan(threads=threads or usable_cores(), **plan), note)
-    append_rows(out, PEERS_COLUMNS, rows)
+    sizes = tuple(int(batch) for batch in _whole(batches))
+    for rows in measure_peers(inputs, Plan(threads=threads or usable_cores(), batches=sizes, **plan), note):
+        append_rows(out, PEERS_COLUMNS, rows)
+        _show_peers(rows)
+
+
+def _show_peers(rows: Sequence[Mapping[str, Any]]) -> None:
     click.echo(
         f"{rows[0]['part']}: {rows[0]['clips']} clips, {rows[0]['audio_seconds']} s of audio, {rows[0]['threads']} "
         f"threads, medians of {rows[0]['rounds']} rounds"

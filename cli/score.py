@@ -112,7 +112,7 @@ def score(
         if line is not None:
             note(line)
     run = {
-        "the graphs": graphs_used(scorer.manifest, scorer.backend.precision),
+        "the graphs": graphs_used(scorer.manifest, scorer.backend.kind),
         "the windows": [scorer.manifest.window.window_seconds, scorer.manifest.window.hop_seconds],
         "the engine": [scorer.backend.name, scorer.backend.kind, threads],
         "--max-batch-seconds": settings.batch_seconds,
@@ -176,7 +176,7 @@ def _checked(scorer: "Scorer") -> str | None:
 
     kind = scorer.backend.kind
     found = scorer.manifest.verified.get(kind)
-    if found is None or found.graphs != graphs_used(scorer.manifest, scorer.backend.precision):
+    if found is None or found.graphs != graphs_used(scorer.manifest, kind):
         option = " --cuda-graphs" if "with CUDA graphs" in kind else ""
         return f"this bundle was never verified on {kind}: `aesanet verify{option}` does"
     if not found.failures and found.engine != scorer.backend.name:

@@ -10,13 +10,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from aesanet.bundle import HALF_GRAPH_NAMES, GraphName, GraphPrecision, GraphSpec, Half
+from aesanet.bundle import HALF_GRAPH_NAMES, Fused, GraphName, GraphPrecision, GraphSpec, Half
 from aesanet.errors import ExportError
+from aesanet.export.fusion import fuse
 from aesanet.export.graph import write_graph
 from aesanet.export.layers import Layers, compare_half
 from aesanet.export.parity import relative_error
 from aesanet.export.precision import to_half
 from aesanet.export.rounding import check_rounding, session_as_written
+from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE, num_tokens
 
 FEATURES_LIMIT: Final = 5e-3
@@ -41,13 +43,14 @@ def add_half(
     clips: Sequence[np.ndarray],
     progress: Callable[[str], None] = lambda step: None,
 ) -> Half:
-    """Write `encoder.fp16.onnx` and `head.fp16.onnx` beside the FP32 graphs in `folder`.
+    """Write `encoder.fp16.onnx` and `head.fp16.onnx` beside the FP32 graphs in `folder`, and both fused (`fuse`).
 
     clips : each float32 [samples], 16 kHz, real audio. FP32 scores each alone; FP16 each alone, and the first few
             together in one padded batch
 
     Attention logits are rounded to half if that keeps the limits, as it is faster, and else stay FP32: in the encoder
-    first, then in the head. Raises ExportError, with what was measured each way, if nothing does.
+    first, then in the head. Raises ExportError, with what was measured each way, if nothing does. Fused graphs round
+    logits nowhere; where they do not keep the limits all the same, the bundle does without.
     """
     check_rounding()
     reference = {name: _session(folder / spec.file) for name, spec in graphs.items()}
@@ -55,9 +58,10 @@ def add_half(
     for logits in _LOGITS:
         progress(f"rounding to FP16, attention logits in {in_words(logits)}")
         specs = {name: _write_half(folder, graphs[name], logits[name]) for name in HALF_GRAPH_NAMES}
-        half = {name: session_as_written(ir.load(folder / spec.file)) for name, spec in specs.items()}
+        half = _as_written(folder, specs)
         features, scores = _worst_differences(reference, half, clips)
         if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+            progress("fusing for ONNX Runtime on a GPU")
             return Half(
                 graphs=specs,
                 logits=logits,
@@ -68,6 +72,7 @@ def add_half(
                 scores_max_abs=scores,
                 features_limit=FEATURES_LIMIT,
                 scores_limit=SCORES_LIMIT,
+                fused=_add_fused(folder, graphs, specs, reference, clips),
             )
         tried.append(f"{features:.1e} and {scores:.1e} with logits in {in_words(logits)}")
     worst = max(clips, key=lambda clip: np.nan_to_num(_worst_differences(reference, half, [clip])[1], nan=np.inf))
@@ -92,6 +97,43 @@ def _write_half(folder: Path, spec: GraphSpec, logits: GraphPrecision) -> GraphS
     path = folder / f"{Path(spec.file).stem}.fp16.onnx"
     sha256, weights = write_graph(ir.to_proto(model), path)
     return msgspec.structs.replace(spec, file=path.name, sha256=sha256, precision="fp16", weights=weights)
+
+
+def _add_fused(
+    folder: Path,
+    graphs: Mapping[GraphName, GraphSpec],
+    half: Mapping[GraphName, GraphSpec],
+    reference: Sessions,
+    clips: Sequence[np.ndarray],
+) -> Fused | None:
+    """The FP16 graphs fused, or None, and no files, where they do not keep the scores."""
+    specs = {name: _write_fused(folder, graphs[name], spec) for name, spec in half.items()}
+    features, scores = _worst_differences(reference, _as_written(folder, specs), clips)
+    if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+        return Fused(specs, features, scores)
+    for spec in specs.values():
+        (folder / spec.file).unlink()
+    return None
+
+
+def _write_fused(folder: Path, spec: GraphSpec, half: GraphSpec) -> GraphSpec:
+    """A graph fused; what weights it has in common with the FP16 graph are that graph's file, if that has one."""
+    model = ir.external_data.load_to_model(ir.load(folder / spec.file))
+    fuse(model)
+    to_half(model, "fp16")
+    theirs = ir.load(folder / half.file).graph.initializers
+    for name, value in model.graph.initializers.items():
+        if name in theirs and isinstance(theirs[name].const_value, ir.ExternalTensor):
+            value.const_value = theirs[name].const_value
+    path = folder / f"{Path(spec.file).stem}.fused.onnx"
+    ir.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
+    sha256 = file_sha256(path, *([folder / half.weights] if half.weights else []))
+    return msgspec.structs.replace(half, file=path.name, sha256=sha256)
+
+
+def _as_written(folder: Path, specs: Mapping[GraphName, GraphSpec]) -> Sessions:
+    return {name: session_as_written(ir.load(folder / spec.file)) for name, spec in specs.items()}
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:

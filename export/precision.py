@@ -25,10 +25,11 @@ from aesanet.bundle import GraphPrecision
 from aesanet.errors import ExportError
 from aesanet.export.lstm import join_lstms
 
-PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv"})
+PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv", "MultiHeadAttention"})
 ISLANDS: Final = frozenset({"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "ReduceMean", "Sigmoid"})
 CARRIED: Final = frozenset(
-    "Add Sub Mul Div Gelu Relu Clip Where Reshape Transpose Concat Split Slice Squeeze Unsqueeze Gather Expand".split()
+    "Add Sub Mul Div Gelu Relu Clip Where Pad Reshape Transpose".split()
+    + "Concat Split Slice Squeeze Unsqueeze Gather Expand".split()
 )
 """Operators that may be half or float."""
 # What stands between the product of queries and keys and its softmax.

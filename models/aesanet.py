@@ -186,7 +186,10 @@ def _reversed_tokens(x: Tensor, num_tokens: Tensor) -> Tensor:
     batch, tokens = x.shape[:2]
     position = torch.arange(tokens, device=x.device)
     mirrored = torch.where(token_mask(x, num_tokens), num_tokens[:, None] - 1 - position, position)
-    return (mirrored + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
+    # Counted, and not `tokens` times the clip's number: ONNX Runtime would copy that factor to the GPU in each run, and
+    # a graph with such a copy cannot be captured.
+    place = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
+    return (place + (mirrored - position)).flatten()
 
 
 def _take_tokens(x: Tensor, order: Tensor) -> Tensor:

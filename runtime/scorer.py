@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 import numpy as np
 
 from aesanet.axes import AXES
-from aesanet.bundle import Manifest, graph_file, read_manifest
+from aesanet.bundle import GraphName, GraphSpec, Manifest, graph_file, read_manifest
 from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
@@ -197,11 +197,17 @@ def output_row(row: Row, outcome: Scored | ClipError, per_window: bool = False) 
 def open_files(bundle: str | Path) -> BundleFiles:
     """A bundle's manifest and graphs, each file's hash checked; raises BundleError."""
     manifest = read_manifest(bundle)
+
+    def checked(specs: Mapping[GraphName, GraphSpec]) -> dict[GraphName, Path]:
+        return {name: graph_file(bundle, spec) for name, spec in specs.items()}
+
+    half = manifest.half
     return BundleFiles(
         Path(bundle),
         manifest,
-        {name: graph_file(bundle, spec) for name, spec in manifest.graphs.items()},
-        {name: graph_file(bundle, spec) for name, spec in manifest.half.graphs.items()} if manifest.half else {},
+        fp32=checked(manifest.graphs),
+        fp16=checked(half.graphs) if half else {},
+        fused=checked(half.fused.graphs) if half and half.fused else {},
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = ("gpu", "rtx", "openvino", "export", "parquet")
-TESTS = ("hypothesis", "imageio-ffmpeg", "kaldi-native-fbank", "pytest")
+TESTS = ("hypothesis", "kaldi-native-fbank", "pytest", "pytest-xdist")
 # PyTorch is there, and TensorRT may be: pip cannot get it everywhere.
 NOT_ASKED_FOR = ("torch", "tensorrt")
 

@@ -52,6 +52,12 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cuda" in getattr(getattr(item, "callspec", None), "id", ""):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_anew(tmp_path_factory):
     # What torch.compile keeps for all processes, one that was killed leaves half written.

@@ -22,7 +22,6 @@ from aesanet.lengths import MIN_SAMPLES, num_frames, num_tokens
 from aesanet.runtime.backends import captured, onnxruntime, open_exactly
 from aesanet.runtime.backends.base import EngineOptions
 from aesanet.runtime.scorer import Scorer, open_files
-from aesanet.runtime.shapes import CAPTURED_SAMPLES
 from aesanet.runtime.windows import pad_batch
 
 REAL = ("cuda", "fp32") in onnxruntime.support().runs
@@ -89,22 +88,22 @@ def test_scores_are_those_without_graphs_however_shapes_come_again(bundle):
 
 def test_a_shape_is_captured_when_it_comes_again_and_launched_from_then_on(provider, tiny_bundle):
     backend = opened(tiny_bundle, cuda_graphs=True)
-    frontend, encoder, _ = provider.sessions
-    assert (len(encoder.graphs), encoder.replays) == (1, 1)  # of a window, on opening
+    assert [(len(session.graphs), session.replays) for session in provider.sessions] == [(1, 1)] * 3  # of a window
     rng = np.random.default_rng(0)
     for turn, (graphs, replays) in enumerate([(1, 1), (2, 2), (2, 3), (2, 4)]):
         backend.scores(*clips(rng, [8_000 - turn, 3_000]))  # all of one shape, once they are padded
-        assert (len(encoder.graphs), encoder.replays) == (len(frontend.graphs), frontend.replays) == (graphs, replays)
+        found = [(len(session.graphs), session.replays) for session in provider.sessions]
+        assert found == [(graphs, replays)] * 3
 
 
-def test_no_graph_for_large_batches_nor_beyond_the_bound(provider, tiny_bundle, monkeypatch):
+def test_no_graph_beyond_the_bounds(provider, tiny_bundle, monkeypatch):
     monkeypatch.setattr(captured, "GRAPHS_KEPT", 3)
+    monkeypatch.setattr(captured, "_KEPT_SAMPLES", 200_000)
     backend = opened(tiny_bundle, cuda_graphs=True)
     _, encoder, _ = provider.sessions
     rng = np.random.default_rng(0)
-    large = CAPTURED_SAMPLES // 50_000 + 1
     for _ in range(3):
-        backend.scores(*clips(rng, [50_000] * large))
+        backend.scores(*clips(rng, [50_000] * 4))  # with the window that was captured on opening, too much
     assert len(encoder.graphs) == 1
     for length in (4_000, 8_000, 12_000, 16_000):
         for _ in range(3):
@@ -133,7 +132,7 @@ def test_threads_take_turns(provider, tiny_bundle):
     [
         ("refused", "have not been partitioned"),
         ("invalidated", "ONNX Runtime's CUDA graphs failed: CUDA failure 901.*; do without --cuda-graphs"),
-        ("stale", "a CUDA graph of ONNX Runtime gives other features than its kernels one by one; do without"),
+        ("stale", "a CUDA graph of ONNX Runtime gives other numbers than its kernels one by one; do without"),
     ],
 )
 def test_who_asks_for_graphs_that_cannot_be_had_is_told_at_once(provider, tiny_bundle, fault, told):
@@ -155,16 +154,9 @@ def test_a_graph_that_fails_later_is_an_error_and_no_score(provider, tiny_bundle
         backend.scores(*batch)
 
 
-def test_windows_too_long_for_a_graph_are_told(provider, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(captured, "CAPTURED_SAMPLES", 60_000)
-    with pytest.raises(BackendError, match="windows of 4 s are too long to gain from CUDA graphs"):
-        opened(tiny_bundle, cuda_graphs=True)
-
-
-def test_score_makes_batches_that_are_worth_a_graph(provider, tiny_bundle):
-    assert opened(tiny_bundle).batch_seconds(10.0) == 640.0
-    backend = opened(tiny_bundle, cuda_graphs=True)
-    assert [backend.batch_seconds(seconds) for seconds in (2.0, 10.0, 30.0, 100.0)] == [128.0, 160.0, 150.0, 100.0]
+@pytest.mark.usefixtures("provider")
+def test_batches_are_as_large_with_graphs(tiny_bundle):
+    assert [opened(tiny_bundle, cuda_graphs=graphs).batch_seconds(10.0) for graphs in (False, True)] == [640.0, 640.0]
 
 
 def test_graphs_are_asked_for_and_another_engine_by_name(provider, tiny_bundle, tmp_path, capsys):

@@ -184,7 +184,7 @@ def audiobox_package(tmp_path, monkeypatch):
 def test_from_files_everybody_scores_the_same_clips(tiny_checkpoint, invited, tmp_path, capsys):
     invited += ["aesanet openvino fp32", PYTORCH, AUDIOBOX]
     out = tmp_path / "peers.csv"
-    small = ["--checkpoint", tiny_checkpoint, "--clips", "3", "--batch", "2", "--rounds", "2", "--threads", "1"]
+    small = ["--checkpoint", tiny_checkpoint, "--clips", "3", "--batches", "2", "--rounds", "2", "--threads", "1"]
     assert run("bench", "peers", *small, "--out", out) == 0
     rows = rows_of(out)
     assert list(rows[0]) == list(peers.PEERS_COLUMNS)
@@ -224,12 +224,14 @@ def test_in_memory_engines_agree_with_pytorch(part, tiny_checkpoint, invited, tm
     monkeypatch.setattr(peers, "Alone", Here)
     monkeypatch.setattr("aesanet.benchmarks.records.processor_clock_mhz", lambda: 1234.4)
     out = tmp_path / "peers.csv"
-    small = ["--part", part, "--checkpoint", tiny_checkpoint, "--batch", "2", "--rounds", "1", "--threads", "1"]
+    small = ["--part", part, "--checkpoint", tiny_checkpoint, "--batches", "2,1", "--rounds", "1", "--threads", "1"]
     assert run("bench", "peers", RECORDINGS[0], *small, "--out", out) == 0
     rows = rows_of(out)
-    assert [f"{row['contestant']} {row['precision']}" for row in rows] == invited
-    for row in rows:
-        assert (row["part"], row["clips"], row["audio_seconds"]) == (part, "2", "20.0")
+    assert [f"{row['contestant']} {row['precision']}" for row in rows] == 2 * invited
+    for number, row in enumerate(rows):
+        clips = 2 if number < len(invited) else 1
+        assert (row["part"], row["batch"], row["clips"]) == (part, str(clips), str(clips))
+        assert float(row["audio_seconds"]) == 10.0 * clips
         assert row["processor_mhz"] == "1234"
         assert row["x_audiobox"] == ""
         assert float(row["max_abs_difference"]) < (1e-2 if row["precision"] == "fp32" else 0.5)
@@ -261,6 +263,6 @@ def test_a_csv_of_something_else_is_refused_before_anything_is_timed(tmp_path, c
 def test_a_note_says_how_to_install_who_is_absent(monkeypatch):
     monkeypatch.setattr(peers, "is_installed", lambda: False)
     told = []
-    plan = peers.Plan("files", "cpu", 1, 1, 1, 1, None)
+    plan = peers.Plan("files", "cpu", 1, (1,), 1, 1, None)
     assert not any(one.name.startswith("audiobox") for one in peers._contestants(plan, told.append))
     assert told == [f"left out: audiobox-aesthetics, which is not installed: {audiobox.INSTALL}"]

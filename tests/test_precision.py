@@ -223,6 +223,7 @@ def shared_direction(bias):
 
 
 ROUNDING = "rounding to FP16, attention logits in "
+FUSING = "fusing for ONNX Runtime on a GPU"
 
 
 def test_a_loud_trunk_keeps_its_logits_in_float_and_the_head_does_not(tiny_bundle, clips, tmp_path):
@@ -230,16 +231,17 @@ def test_a_loud_trunk_keeps_its_logits_in_float_and_the_head_does_not(tiny_bundl
     loud = edited(tiny_bundle, tmp_path / "b", {"q_proj.bias": shared_direction, "k_proj.bias": shared_direction})
     said = []
     found = add_half(loud, read_manifest(loud).graphs, clips[:1], said.append)
-    assert said == [f"{ROUNDING}fp16", f"{ROUNDING}fp32 in the encoder and fp16 in the head"]
+    assert said == [f"{ROUNDING}fp16", f"{ROUNDING}fp32 in the encoder and fp16 in the head", FUSING]
     assert found.logits == {"encoder": "fp32", "head": "fp16"}
     assert logits_types(loud, found) == ["fp32", "fp16"]
+    assert found.fused is not None  # whose logits are rounded nowhere
 
 
 @pytest.mark.parametrize("tried", [1, 2, 3, 4])
 def test_float_logits_are_tried_graph_by_graph(tiny_bundle, clips, tmp_path, monkeypatch, tried):
     """With a check that fails until then."""
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
-    measured = iter([(1e-2, 0.0), (1e-3, 0.1), (float("nan"), 0.0), (1e-3, 0.01)][4 - tried :])
+    measured = iter([(1e-2, 0.0), (1e-3, 0.1), (float("nan"), 0.0), (1e-3, 0.01), (2e-3, 0.01)][4 - tried :])
     monkeypatch.setattr(half, "_worst_differences", lambda *arguments: next(measured))
     found = add_half(bundle, read_manifest(bundle).graphs, clips[:1])
     expected = [("fp16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32"), ("fp32", "fp32")][tried - 1]
@@ -326,7 +328,7 @@ def test_fp16_says_what_it_needs(tiny_bundle, half_bundle):
 def files_of(bundle):
     manifest = read_manifest(bundle)
     fp32, fp16 = ({n: bundle / s.file for n, s in g.items()} for g in (manifest.graphs, manifest.half.graphs))
-    return BundleFiles(bundle, manifest, fp32, fp16)
+    return BundleFiles(bundle, manifest, fp32, fp16, {})
 
 
 def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):
@@ -349,6 +351,7 @@ def test_a_gpu_takes_fp16_where_the_bundle_has_it(bundle, taken, request, monkey
     assert opened == [EngineOptions("cuda", taken)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(("cuda", "fp16") not in support().runs, reason="ONNX Runtime has no CUDA here")
 def test_fp16_on_a_gpu_keeps_the_scores(half_bundle):
     """Of whole recordings, whose windows are batched, against FP32 on the processor."""

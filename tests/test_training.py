@@ -731,6 +731,7 @@ def test_two_processes_train_as_one(clips, folder, tmp_path, monkeypatch):
                 assert row[name] == other[name]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.filterwarnings("ignore:.*deterministic")  # of kernels that are not, which a run on a GPU tells of
 @pytest.mark.parametrize("trunk", ["frozen", "trained"])

@@ -77,6 +77,8 @@ class BundleFiles:
     fp32: Mapping[GraphName, Path]
     fp16: Mapping[GraphName, Path]
     """Encoder and head, or nothing where the bundle was made without."""
+    fused: Mapping[GraphName, Path]
+    """The same for ONNX Runtime on a GPU, or nothing."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from aesanet.bundle import GRAPH_NAMES, GraphName
 from aesanet.errors import BackendError
-from aesanet.lengths import SAMPLE_RATE, TOKENS_PER_PATCH, num_tokens
+from aesanet.lengths import num_tokens
 from aesanet.machine import require_gpu
 from aesanet.runtime.backends.base import (
     Backend,
@@ -21,7 +21,6 @@ from aesanet.runtime.backends.base import (
     mean_over_tokens,
 )
 from aesanet.runtime.backends.captured import CapturedRuns, run_options
-from aesanet.runtime.shapes import CAPTURED_SAMPLES
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
 
@@ -38,24 +37,25 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         device, precision = options.device, options.precision
+        window_samples = files.manifest.window.window_samples
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
         capturing = device == "cuda" and options.cuda_graphs is True
         of_sessions = onnxruntime.SessionOptions()
         of_sessions.intra_op_num_threads = options.threads or 0  # 0: one a physical core
         of_sessions.log_severity_level = 3
-        paths = {**files.fp32, **(files.fp16 if precision == "fp16" else {})}
+        paths = {**files.fp32, **((files.fused or files.fp16) if precision == "fp16" else {})}
 
         def session(name: GraphName) -> Any:
             # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
-            cuda = {"use_tf32": 0, **({"enable_cuda_graph": 1} if capturing and name != "head" else {})}
+            cuda = {"use_tf32": 0, **({"enable_cuda_graph": 1} if capturing else {})}
             providers: list[Any] = [("CUDAExecutionProvider", cuda)] if device == "cuda" else []
             return onnxruntime.InferenceSession(
                 paths[name], of_sessions, providers=[*providers, "CPUExecutionProvider"]
             )
 
         self._device = device
-        self._frontend, self._encoder, self._head = (session(name) for name in GRAPH_NAMES)
+        self._frontend, self._encoder, self._head = sessions = [session(name) for name in GRAPH_NAMES]
         # A provider that cannot start is passed over with no error.
         if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
@@ -63,11 +63,11 @@ class OnnxRuntimeBackend(Backend):
         self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}{graphs}"
         self.precision: Precision = precision
         self.kind = f"onnxruntime {device} {precision}{graphs}"
-        self._captured = CapturedRuns(onnxruntime, self._frontend, self._encoder) if capturing else None
+        self._captured = CapturedRuns(onnxruntime, sessions, window_samples) if capturing else None
         self._uncaptured = run_options(onnxruntime) if capturing else None
         self._owner = ThreadPoolExecutor(1) if capturing else None
         if capturing:
-            self._try(files.manifest.window.window_samples)
+            self._try(window_samples)
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -84,13 +84,8 @@ class OnnxRuntimeBackend(Backend):
         return np.asarray(self._in_turn(_run, self._encoder, inputs, "features", "cpu", self._uncaptured).numpy())
 
     def batch_seconds(self, window_seconds: float) -> float:
-        """As `Backend.batch_seconds`: with CUDA graphs, no more than is worth one."""
-        if self._device == "cpu":
-            return super().batch_seconds(window_seconds)
-        windows = _GPU_BATCH_WINDOWS
-        if self._captured is not None:
-            windows = max(1, min(windows, int(CAPTURED_SAMPLES / SAMPLE_RATE / window_seconds)))
-        return windows * window_seconds
+        """As `Backend.batch_seconds`."""
+        return super().batch_seconds(window_seconds) if self._device == "cpu" else _GPU_BATCH_WINDOWS * window_seconds
 
     def _in_turn(self, work: Callable[..., _Found], *given: Any) -> _Found:
         """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""
@@ -101,24 +96,22 @@ class OnnxRuntimeBackend(Backend):
         noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
         for _ in range(2):  # the first time, nobody knows that a shape comes again
             self.scores(noise, np.array([window_samples]))
-        if not self._captured:
-            raise BackendError(f"windows of {window_samples / SAMPLE_RATE:g} s are too long to gain from CUDA graphs")
 
     def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores of a batch, and embeddings or nothing."""
         batch, tokens = len(num_samples), num_tokens(num_samples)
-        features = self._captured.features(waveform, tokens) if self._captured is not None else None
-        if features is None:
+        found = self._captured.run(waveform, tokens) if self._captured is not None else None
+        if found is None:
             fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device, self._uncaptured)
             inputs = {"fbank": fbank, "num_tokens": tokens}
             features = _run(self._encoder, inputs, "features", self._device, self._uncaptured)
-        counted = np.full(features.shape()[0], TOKENS_PER_PATCH, np.int64)
-        counted[:batch] = tokens
-        scores = _run(self._head, {"features": features, "num_tokens": counted}, "scores", "cpu")
+            inputs = {"features": features, "num_tokens": tokens}
+            found = features, _run(self._head, inputs, "scores", "cpu", self._uncaptured).numpy()
+        features, scores = found
         embeddings = np.zeros((0, 0), np.float32)
         if embedded:
             embeddings = mean_over_tokens(features.numpy()[:batch], tokens)
-        return np.asarray(scores.numpy())[:batch], embeddings
+        return np.asarray(scores)[:batch], embeddings
 
 
 def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device, options: Any = None) -> Any:

@@ -1,0 +1,194 @@
+"""Graphs in operators of ONNX Runtime: the same numbers as the plain ones, and what they are made of."""
+
+import shutil
+
+import msgspec
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
+
+from aesanet.bundle import HALF_GRAPH_NAMES, graphs_used, read_manifest
+from aesanet.errors import BundleError, ExportError
+from aesanet.export import half
+from aesanet.export.fusion import DOMAIN, fuse
+from aesanet.export.half import add_half
+from aesanet.export.precision import to_half
+from aesanet.lengths import MEL_BINS
+from aesanet.runtime.scorer import open_files
+
+
+def fused(path):
+    model = ir.load(path)
+    fuse(model)
+    return model
+
+
+def session(model):
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def sessions(tiny_bundle):
+    """Of encoder and head, plain and fused."""
+    return {
+        name: (onnxruntime.InferenceSession(path), session(fused(path)))
+        for name in HALF_GRAPH_NAMES
+        for path in [tiny_bundle / f"{name}.onnx"]
+    }
+
+
+def inputs_of(name, width, patches, rng):
+    """A padded batch of clips of so many patches of 8 tokens each."""
+    tokens = 8 * np.array(patches)
+    if name == "encoder":
+        # Frames that fill no patch have no token.
+        first = rng.normal(0, 0.5, (len(patches), 16 * max(patches) + rng.integers(16), MEL_BINS))
+        return {"fbank": first.astype(np.float32), "num_tokens": tokens}
+    first = rng.normal(0, 1, (len(patches), tokens.max(), width))
+    return {"features": first.astype(np.float32), "num_tokens": tokens}
+
+
+@pytest.mark.parametrize("name", HALF_GRAPH_NAMES)
+@settings(max_examples=25)
+@given(patches=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1))
+def test_fused_graphs_give_the_same_numbers(sessions, name, patches, seed):
+    plain, ours = sessions[name]
+    width = plain.get_inputs()[0].shape[2]
+    inputs = inputs_of(name, width, patches, np.random.default_rng(seed))
+    (expected,), (found,) = (one.run(None, inputs) for one in (plain, ours))
+    for row, count in enumerate(inputs["num_tokens"]):
+        own = slice(count) if name == "encoder" else slice(None)
+        scale = np.abs(expected[row, own]).max()
+        assert np.abs(found[row, own] - expected[row, own]).max() < 2e-5 * scale
+
+
+SIZES = [(1, 1, 4), (2, 2, 6), (5, 1, 3), (8, 4, 8), (9, 2, 4), (128, 2, 4)]
+
+
+@pytest.mark.parametrize(("taps", "groups", "width"), SIZES)
+def test_a_convolution_of_any_size_is_a_product(taps, groups, width):
+    """Against PyTorch's: the positional one of a network of that size."""
+    rng = np.random.default_rng(taps)
+    kernel = rng.normal(size=(width, width // groups, taps)).astype(np.float32)
+    bias = rng.normal(size=width).astype(np.float32)
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    positions (float[batch, tokens, {width}] x, int64[batch] num_tokens) => (float[batch, tokens, {width}] y)
+    <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}> {{
+        turned = Transpose<perm = [0, 2, 1]>(x)
+        around = Conv<group = {groups}, pads = [{taps // 2}, {taps // 2}]>(turned, kernel, bias)
+        length = Shape<start = 1, end = 2>(x)
+        cut = Slice(around, zero, length, two, one)
+        bent = Gelu(cut)
+        back = Transpose<perm = [0, 2, 1]>(bent)
+        y = Add(x, back)
+    }}"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend([numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(bias, "bias")])
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    fuse(model)
+    assert not any(node.op_type == "Conv" for node in model.graph)
+    x = rng.normal(size=(2, 24, width)).astype(np.float32)
+    (found,) = session(model).run(None, {"x": x, "num_tokens": np.array([24, 24])})
+    with torch.inference_mode():
+        given_ = [torch.from_numpy(array) for array in (np.ascontiguousarray(x.transpose(0, 2, 1)), kernel, bias)]
+        around = torch.nn.functional.conv1d(*given_, padding=taps // 2, groups=groups)[:, :, :24]
+        expected = x + torch.nn.functional.gelu(around).transpose(1, 2).numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_what_is_slow_with_cuda_is_gone(tiny_bundle):
+    layers = sum(node.op_type == "Softmax" for node in ir.load(tiny_bundle / "encoder.onnx").graph)
+    for name, attentions in (("encoder", layers), ("head", 4)):
+        nodes = list(fused(tiny_bundle / f"{name}.onnx").graph)
+        ours = [node for node in nodes if node.domain == DOMAIN]
+        assert [node.op_type for node in ours] == ["MultiHeadAttention"] * attentions
+        assert not any(node.op_type == "Softmax" for node in nodes)
+        assert sum(node.op_type == "ReduceSum" for node in nodes) == (name == "head")  # over a clip, of the gates none
+        assert all(len(node.inputs[1].shape) == 4 for node in nodes if node.op_type == "Conv")  # of patches
+
+
+def test_a_bundles_fused_graphs_are_half_and_share_its_weights(half_bundle, tmp_path, monkeypatch, clips):
+    found = read_manifest(half_bundle).half
+    assert 0 < found.fused.features_relative <= found.features_limit
+    assert 0 < found.fused.scores_max_abs <= found.scores_limit
+    for name, spec in found.fused.graphs.items():
+        assert (spec.file, spec.precision) == (f"{name}.fused.onnx", "fp16")
+        assert (spec.inputs, spec.outputs) == (found.graphs[name].inputs, found.graphs[name].outputs)
+        proto = onnx.load(half_bundle / spec.file)
+        onnx.checker.check_model(proto, full_check=True)
+        types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+        products = [node for node in proto.graph.node if node.op_type == "MatMul"]
+        assert {types[i] for node in products for i in node.input if i in types} == {TensorProto.FLOAT16}
+    # A bundle whose weights lie beside their graphs has them once.
+    monkeypatch.setattr("aesanet.export.graph._INSIDE_BYTES", 0)
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    beside = add_half(bundle, read_manifest(bundle).graphs, clips[:1])
+    for name, spec in beside.fused.graphs.items():
+        assert spec.weights == beside.graphs[name].weights == f"{name}.fp16.weights"
+        assert (bundle / spec.file).stat().st_size < (bundle / spec.weights).stat().st_size
+        inside, outside = (onnxruntime.InferenceSession(folder / spec.file) for folder in (half_bundle, bundle))
+        inputs = inputs_of(name, inside.get_inputs()[0].shape[2], [3], np.random.default_rng(0))
+        assert np.array_equal(inside.run(None, inputs)[0], outside.run(None, inputs)[0])
+
+
+def test_where_fused_graphs_do_not_keep_the_scores_the_bundle_does_without(half_bundle, clips, tmp_path, monkeypatch):
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    measured = iter([(1e-3, 0.01), (1e-2, 0.01)])
+    monkeypatch.setattr(half, "_worst_differences", lambda *arguments: next(measured))
+    found = add_half(bundle, read_manifest(bundle).graphs, clips[:1])
+    assert found.fused is None
+    assert not list(bundle.glob("*.fused.onnx"))
+
+
+def test_engines_are_told_apart_by_their_graphs(half_bundle):
+    manifest = read_manifest(half_bundle)
+    half_graphs = manifest.half
+    for kind, graphs in (
+        ("tensorrt cuda fp16", half_graphs.graphs),
+        ("onnxruntime cpu fp16", half_graphs.graphs),
+        ("onnxruntime cuda fp16", half_graphs.fused.graphs),
+        ("onnxruntime cuda fp16 with CUDA graphs", half_graphs.fused.graphs),
+        ("onnxruntime cuda fp32", manifest.graphs),
+        ("openvino cpu bf16", manifest.graphs),
+    ):
+        expected = {name: graphs.get(name, spec).sha256 for name, spec in manifest.graphs.items()}
+        assert graphs_used(manifest, kind) == expected
+    without = msgspec.structs.replace(manifest, half=msgspec.structs.replace(half_graphs, fused=None))
+    assert graphs_used(without, "onnxruntime cuda fp16") == graphs_used(manifest, "tensorrt cuda fp16")
+
+
+def test_a_damaged_fused_graph_is_refused(half_bundle, tmp_path):
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    with open(bundle / "head.fused.onnx", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match=r"head\.fused\.onnx: sha256 is"):
+        open_files(bundle)
+
+
+def test_a_graph_of_another_shape_is_refused(tiny_bundle):
+    model = ir.load(tiny_bundle / "encoder.onnx")
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    between = ir.node("Identity", [softmax.inputs[0]])
+    model.graph.insert_before(softmax, between)
+    softmax.replace_input_with(0, between.outputs[0])
+    with pytest.raises(ExportError, match="should"):
+        fuse(model)
+
+
+def test_half_after_fusing_keeps_its_rules(tiny_bundle):
+    for name in HALF_GRAPH_NAMES:
+        model = fused(tiny_bundle / f"{name}.onnx")
+        to_half(model, "fp16")
+        for node in model.graph:
+            types = {value.dtype for value in node.inputs if value is not None and value.dtype in (1, 10)}
+            if node.op_type in ("MatMul", "MultiHeadAttention"):
+                assert types == {ir.DataType.FLOAT16}
+            if node.op_type in ("LayerNormalization", "LSTM", "Sigmoid"):
+                assert types == {ir.DataType.FLOAT}
