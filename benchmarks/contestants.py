@@ -25,7 +25,7 @@ from aesanet.errors import InputError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.backends import BackendName
-from aesanet.runtime.backends.base import Device, Precision
+from aesanet.runtime.backends.base import CudaGraphs, Device, Precision
 from aesanet.runtime.rows import Row
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch, split_windows
@@ -140,7 +140,7 @@ def versions(*packages: str) -> str:
     return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
-def open_aesanet(backend: BackendName, precision: Precision, cuda_graphs: bool | None, work: Work) -> Opened:
+def open_aesanet(backend: BackendName, precision: Precision, cuda_graphs: CudaGraphs, work: Work) -> Opened:
     """One engine; from files, all that `aesanet score` does."""
     scorer = Scorer.open(
         work.bundle,

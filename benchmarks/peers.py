@@ -36,7 +36,7 @@ from aesanet.models.config import AESANetConfig
 from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
 from aesanet.runtime.backends import supported_backends, tensorrt
-from aesanet.runtime.backends.base import Device
+from aesanet.runtime.backends.base import CudaGraphs, Device
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
@@ -267,10 +267,12 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
         for device, precision in support.runs:
             if device != plan.device:
                 continue
-            yield Contestant(f"aesanet {backend}", precision, partial(open_aesanet, backend, precision, None))
+            graphs: dict[str, CudaGraphs] = {"": "try"}
             if (backend, device, plan.part) == ("onnxruntime", "cuda", "waveforms"):
-                open_captured = partial(open_aesanet, backend, precision, True)
-                yield Contestant(f"aesanet {backend} CUDA graphs", precision, open_captured)
+                graphs = {"": False, " CUDA graphs": True}
+            for how, wanted in graphs.items():
+                opened = partial(open_aesanet, backend, precision, wanted)
+                yield Contestant(f"aesanet {backend}{how}", precision, opened)
     if plan.part != "files":  # it runs graphs and reads no files
         if plan.device == "cpu":
             yield Contestant("polygraphy onnxruntime", "fp32", polygraphy.open_onnxruntime)

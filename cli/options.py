@@ -41,8 +41,9 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--cuda-graphs/--no-cuda-graphs",
             default=None,
+            callback=lambda ctx, param, value: "try" if value is None else value,
             help="On a GPU, replay a batch's shape that comes again as one CUDA graph, not kernel by kernel.  "
-            "[default: TensorRT does, ONNX Runtime does not]",
+            "[default: where that can be]",
         ),
         click.option(
             "--precision",

@@ -177,8 +177,7 @@ def _checked(scorer: "Scorer") -> str | None:
     kind = scorer.backend.kind
     found = scorer.manifest.verified.get(kind)
     if found is None or found.graphs != graphs_used(scorer.manifest, kind):
-        option = " --cuda-graphs" if "with CUDA graphs" in kind else ""
-        return f"this bundle was never verified on {kind}: `aesanet verify{option}` does"
+        return f"this bundle was never verified on {kind}: `aesanet verify` does"
     if not found.failures and found.engine != scorer.backend.name:
         return f"this bundle was verified on {found.engine}, and this is {scorer.backend.name}: `aesanet verify` does"
     if found.failures:

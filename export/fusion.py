@@ -35,18 +35,18 @@ def fuse(model: ir.Model) -> None:
     graph = model.graph
     made = _Nodes(graph)
     softmaxes = [node for node in graph if node.op_type == "Softmax"]
-    convolutions = [node for node in graph if node.op_type == "Conv" and len(_shape(node.inputs[1])) == 3]
+    convolutions = [node for node in graph if node.op_type == "Conv" and len(_input(node, 1).shape or ()) == 3]
     (num_tokens,) = (value for value in graph.inputs if value.name == "num_tokens")
     lengths = made.op("Cast", [num_tokens], ir.DataType.INT32, to=ir.DataType.INT32)
     rows: _Rows | None = None
     for softmax in softmaxes:
-        above = _producer(softmax.inputs[0])
+        above = _above(softmax, 0)
         if above.op_type == "Where":  # a head's: keys beyond a clip's own are filled with -inf
             _fuse_head_attention(made, softmax, above, lengths)
         else:  # the trunk's: logits + (gate * relative bias + keys' bias)
-            gated = _producer(_producer(above.inputs[1], "Add").inputs[0], "Mul")
+            gated = _above(_above(above, 1, "Add"), 0, "Mul")
             rows = rows or _Rows(made, _input(gated, 1), num_tokens)
-            _sum_gate_weights(made, _input(gated, 0))
+            _sum_gate_weights(made, gated)
             _fuse_trunk_attention(made, softmax, above, lengths, rows.bias(_input(gated, 0)))
     for convolution in convolutions:
         _Blocks(made, convolution)
@@ -132,9 +132,8 @@ class _Rows:
 
     def __init__(self, made: _Nodes, relative: ir.Value, num_tokens: ir.Value) -> None:
         self._made = made
-        heads, *_ = _shape(relative)
         tokens = made.size(relative, 2)
-        self._full = made.sizes(made.size(num_tokens, 0), int(heads), tokens, tokens)
+        self._full = made.sizes(made.size(num_tokens, 0), _size(relative, 0), tokens, tokens)
         repeated = made.op("Expand", [relative, self._full])
         self._rows = made.op("Reshape", [repeated, made.sizes(-1, tokens)])
 
@@ -145,27 +144,27 @@ class _Rows:
 
 
 def _fuse_trunk_attention(made: _Nodes, softmax: ir.Node, logits: ir.Node, lengths: ir.Value, bias: ir.Value) -> None:
-    product = _producer(logits.inputs[0], "MatMul")
-    query = _producer(product.inputs[0], "Mul")
-    keys = _producer(product.inputs[1], "Transpose")
+    product = _above(logits, 0, "MatMul")
+    query = _above(product, 0, "Mul")
+    keys = _above(product, 1, "Transpose")
     weighted = _user(softmax.outputs[0], "MatMul")
-    values = _producer(weighted.inputs[1], "Transpose")
+    values = _above(weighted, 1, "Transpose")
     # Each comes out of a linear layer as [batch, tokens, width], and was split into heads.
-    separate = [_producer(query.inputs[0], "Transpose"), keys, values]
-    split = [_producer(node.inputs[0], "Reshape") for node in separate]
-    heads = int(_shape(split[0].outputs[0])[2])
+    separate = [_above(query, 0, "Transpose"), keys, values]
+    split = [_above(node, 0, "Reshape") for node in separate]
+    heads = _size(split[0].outputs[0], 2)
     inputs = [_input(node, 0) for node in split]
-    _attend(made, weighted, [*inputs, None, lengths, bias], heads, float(_weight(query.inputs[1])))
+    _attend(made, weighted, [*inputs, None, lengths, bias], heads, float(_weight(_input(query, 1))))
 
 
 def _fuse_head_attention(made: _Nodes, softmax: ir.Node, where: ir.Node, lengths: ir.Value) -> None:
-    query = _producer(_producer(where.inputs[2], "MatMul").inputs[0], "Mul")
+    query = _above(_above(where, 2, "MatMul"), 0, "Mul")
     weighted = _user(softmax.outputs[0], "MatMul")
-    taken = _producer(_producer(query.inputs[0], "Squeeze").inputs[0], "Slice")
-    reshape = _producer(_producer(taken.inputs[0], "Transpose").inputs[0], "Reshape")
-    heads = int(_shape(reshape.outputs[0])[3])
+    taken = _above(_above(query, 0, "Squeeze"), 0, "Slice")
+    reshape = _above(_above(taken, 0, "Transpose"), 0, "Reshape")
+    heads = _size(reshape.outputs[0], 3)
     inputs = made.split(_input(reshape, 0), axis=2, parts=3)
-    _attend(made, weighted, [*inputs, None, lengths], heads, float(_weight(query.inputs[1])))
+    _attend(made, weighted, [*inputs, None, lengths], heads, float(_weight(_input(query, 1))))
 
 
 def _attend(made: _Nodes, weighted: ir.Node, inputs: Sequence[ir.Value | None], heads: int, scale: float) -> None:
@@ -174,19 +173,19 @@ def _attend(made: _Nodes, weighted: ir.Node, inputs: Sequence[ir.Value | None], 
     made.replace(old, made.op("MultiHeadAttention", inputs, domain=DOMAIN, num_heads=heads, scale=scale))
 
 
-def _sum_gate_weights(made: _Nodes, gate: ir.Value) -> None:
+def _sum_gate_weights(made: _Nodes, gated: ir.Node) -> None:
     """Of what a layer's gates come from: `sigmoid(sum of parts of linear(query))`."""
-    node = _producer(gate)
+    node = _above(gated, 0)
     while node.op_type != "Sigmoid":
-        node = _producer(node.inputs[0])
-    summed = _producer(node.inputs[0], "ReduceSum")
-    parts = _producer(summed.inputs[0], "Reshape")
-    linear = _producer(parts.inputs[0], "Add")
-    product = _producer(linear.inputs[0], "MatMul")
-    by_part = tuple(int(size) for size in _shape(parts.outputs[0])[-2:])
-    weight, bias = (_weight(value) for value in (product.inputs[1], linear.inputs[1]))
+        node = _above(node, 0)
+    summed = _above(node, 0, "ReduceSum")
+    parts = _above(summed, 0, "Reshape")
+    linear = _above(parts, 0, "Add")
+    product = _above(linear, 0, "MatMul")
+    by_part = [_size(parts.outputs[0], axis) for axis in (-2, -1)]
+    weight, bias = _weight(_input(product, 1)), _weight(_input(linear, 1))
     weight, bias = (array.reshape(*array.shape[:-1], *by_part).sum(axis=-1) for array in (weight, bias))
-    ours = made.op("Add", [made.op("MatMul", [product.inputs[0], made.constant(weight)]), made.constant(bias)])
+    ours = made.op("Add", [made.op("MatMul", [_input(product, 0), made.constant(weight)]), made.constant(bias)])
     made.replace(summed.outputs[0], ours)
 
 
@@ -198,10 +197,10 @@ class _Blocks:
     """
 
     def __init__(self, made: _Nodes, convolution: ir.Node) -> None:
-        transposed = _producer(convolution.inputs[0], "Transpose")
+        transposed = _above(convolution, 0, "Transpose")
         gelu = _user(_user(convolution.outputs[0], "Slice").outputs[0], "Gelu")
         old = _user(gelu.outputs[0], "Transpose").outputs[0]
-        outputs, self._inputs, self._taps = (int(size) for size in _shape(convolution.inputs[1]))
+        outputs, self._inputs, self._taps = (_size(_input(convolution, 1), axis) for axis in range(3))
         self._groups = outputs // self._inputs
         self._width = self._inputs * TOKENS_PER_PATCH
         self._around = -(-(self._taps + TOKENS_PER_PATCH - 1) // TOKENS_PER_PATCH)  # blocks side by side
@@ -248,11 +247,13 @@ class _Blocks:
         return made.op("Reshape", [ordered, made.constant(matrix)])
 
 
-def _producer(value: ir.Value | None, op_type: str | None = None) -> ir.Node:
-    node = None if value is None else value.producer()
-    if node is None or op_type not in (None, node.op_type):
-        raise ExportError(f"{value and value.name} comes from {node and node.op_type}, and should from {op_type}")
-    return node
+def _above(node: ir.Node, place: int, op_type: str | None = None) -> ir.Node:
+    """The node that an input comes from, which must be of a type."""
+    value = _input(node, place)
+    found = value.producer()
+    if found is None or op_type not in (None, found.op_type):
+        raise ExportError(f"{value.name} comes from {found and found.op_type}, and should from {op_type}")
+    return found
 
 
 def _user(value: ir.Value, op_type: str) -> ir.Node:
@@ -263,18 +264,20 @@ def _user(value: ir.Value, op_type: str) -> ir.Node:
 
 
 def _input(node: ir.Node, place: int) -> ir.Value:
-    value = node.inputs[place]
-    assert value is not None
+    value = node.inputs[place] if place < len(node.inputs) else None
+    if value is None:
+        raise ExportError(f"{node.name} should have an input {place}")
     return value
 
 
-def _shape(value: ir.Value | None) -> ir.Shape:
-    assert value is not None
-    assert value.shape is not None
-    return value.shape
+def _size(value: ir.Value, axis: int) -> int:
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, int):
+        raise ExportError(f"{value.name} should be of a known size along axis {axis}")
+    return size
 
 
-def _weight(value: ir.Value | None) -> np.ndarray:
-    if value is None or value.const_value is None:
-        raise ExportError(f"{value and value.name} should be a constant")
+def _weight(value: ir.Value) -> np.ndarray:
+    if value.const_value is None:
+        raise ExportError(f"{value.name} should be a constant")
     return value.const_value.numpy()

@@ -15,7 +15,7 @@ from aesanet.bundle import GraphName, GraphSpec, Manifest, graph_file, read_mani
 from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, Precision
+from aesanet.runtime.backends.base import Backend, BundleFiles, CudaGraphs, Device, Precision
 from aesanet.runtime.batching import GROUP_BATCHES
 from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
 from aesanet.runtime.jobs import Blocks, Job, failed_job, file_jobs
@@ -64,12 +64,14 @@ class Scorer:
         backend: BackendName | Literal["auto"] = "auto",
         precision: Precision | Literal["auto"] = "auto",
         threads: int | None = None,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: CudaGraphs = None,
         specialize: Specialize = "lazy",
     ) -> "Scorer":
         """Open a bundle folder on the fastest engine that fits; every file's hash is checked first.
 
-        cuda_graphs : on a GPU, launch what comes again as a whole; by default TensorRT does, and ONNX Runtime does not
+        cuda_graphs : on a GPU, launch what comes again as a whole. By default TensorRT does, and ONNX Runtime does not,
+                      as nobody else in the process may take memory of the GPU while it captures. True is an error
+                      where that fails; with "try", which is for a process of its own, it does without then
         specialize  : when TensorRT-RTX makes kernels for a batch's shape: while others serve it ("lazy"), before it is
                       served ("eager") or never ("none"); with "lazy" a clip's scores may change in their last digits
 

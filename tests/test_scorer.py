@@ -202,7 +202,7 @@ def test_threads_may_share_a_scorer(tiny_bundle, name, device, precision):
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_threads_of_the_engine_are_those_asked_for(tiny_bundle, name):
-    encoder = Scorer.open(tiny_bundle, backend=name, threads=1).backend._encoder
+    encoder = Scorer.open(tiny_bundle, backend=name, threads=1).backend._sessions.encoder
     if name == "onnxruntime":
         assert encoder.get_session_options().intra_op_num_threads == 1
     else:

@@ -5,7 +5,15 @@ from typing import Literal
 
 from aesanet.errors import BackendError
 from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
-from aesanet.runtime.backends.base import Backend, BundleFiles, Device, EngineOptions, Precision, Support
+from aesanet.runtime.backends.base import (
+    Backend,
+    BundleFiles,
+    CudaGraphs,
+    Device,
+    EngineOptions,
+    Precision,
+    Support,
+)
 from aesanet.runtime.kernels import Specialize
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
@@ -39,7 +47,7 @@ def open_backend(
     device: Device | Literal["auto"] = "auto",
     precision: Precision | Literal["auto"] = "auto",
     threads: int | None = None,
-    cuda_graphs: bool | None = None,
+    cuda_graphs: CudaGraphs = None,
     specialize: Specialize = "lazy",
 ) -> tuple[Backend, str]:
     """Open the fastest engine that fits what was asked for (see `EngineOptions`), and say why it was taken.
@@ -53,7 +61,7 @@ def open_backend(
             name in ("auto", engine),
             device in ("auto", on),
             precision in ("auto", in_precision),
-            on == "cuda" or not cuda_graphs,
+            on == "cuda" or cuda_graphs is not True,
         )
         if not all(asked):
             continue
@@ -73,7 +81,7 @@ def open_backend(
             failed.append("fp16 needs a CUDA GPU, and TensorRT or onnxruntime-gpu")
         if not files.fp16:
             failed.append(_NO_HALF)
-    if cuda_graphs and (device == "cpu" or not any("cuda" in dict(support.runs) for support in here.values())):
+    if cuda_graphs is True and (device == "cpu" or not any("cuda" in dict(support.runs) for support in here.values())):
         failed.append("CUDA graphs need a CUDA GPU, and TensorRT or onnxruntime-gpu")
     found = "; ".join([*(f"{engine}: {support.detail}" for engine, support in here.items()), *failed])
     raise BackendError(

@@ -14,6 +14,7 @@ from aesanet.runtime.kernels import Specialize
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]
+CudaGraphs: TypeAlias = bool | Literal["try"] | None
 
 Pending: TypeAlias = Callable[[], np.ndarray]
 """Waits for a batch's scores and returns them, float32 [batch, 4]; may be called again."""
@@ -86,7 +87,7 @@ class EngineOptions:
     """How an engine runs a bundle, as far as it has a choice.
 
     threads     : of the processor; None for the engine's own choice
-    cuda_graphs : on a GPU, with or without; None for the engine's own choice
+    cuda_graphs : on a GPU, with or without, or "try": with where that can be; None for the engine's own choice
     specialize  : when TensorRT-RTX makes kernels for a shape (see `LateKernels`); other engines have theirs from the
                   start
     """
@@ -94,7 +95,7 @@ class EngineOptions:
     device: Device
     precision: Precision
     threads: int | None = None
-    cuda_graphs: bool | None = None
+    cuda_graphs: CudaGraphs = None
     specialize: Specialize = "lazy"
 
 

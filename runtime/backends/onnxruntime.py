@@ -1,12 +1,13 @@
 """ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from aesanet.bundle import GRAPH_NAMES, GraphName
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
 from aesanet.machine import require_gpu
@@ -20,7 +21,8 @@ from aesanet.runtime.backends.base import (
     Support,
     mean_over_tokens,
 )
-from aesanet.runtime.backends.captured import CapturedRuns, run_options
+from aesanet.runtime.backends.captured import CapturedRuns
+from aesanet.runtime.backends.sessions import Sessions
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
 
@@ -28,46 +30,33 @@ _Found = TypeVar("_Found")
 
 
 class OnnxRuntimeBackend(Backend):
-    """Three sessions on one device.
+    """Three sessions on one device, on a GPU perhaps as CUDA graphs (see captured.py).
 
-    Raises BackendError where CUDA graphs are asked for (see captured.py) and cannot be had.
+    Raises BackendError where graphs are asked for and cannot be had. Where they are to be tried, a line on stderr says
+    why there are none, or no more.
     """
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         import onnxruntime
 
         device, precision = options.device, options.precision
-        window_samples = files.manifest.window.window_samples
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
-        capturing = device == "cuda" and options.cuda_graphs is True
-        of_sessions = onnxruntime.SessionOptions()
-        of_sessions.intra_op_num_threads = options.threads or 0  # 0: one a physical core
-        of_sessions.log_severity_level = 3
         paths = {**files.fp32, **((files.fused or files.fp16) if precision == "fp16" else {})}
-
-        def session(name: GraphName) -> Any:
-            # TF32 would round the front end's sums to 10 bits, and log-mel by up to 5.
-            cuda = {"use_tf32": 0, **({"enable_cuda_graph": 1} if capturing else {})}
-            providers: list[Any] = [("CUDAExecutionProvider", cuda)] if device == "cuda" else []
-            return onnxruntime.InferenceSession(
-                paths[name], of_sessions, providers=[*providers, "CPUExecutionProvider"]
-            )
-
+        self._open = partial(Sessions, onnxruntime, paths, device, options.threads)
         self._device = device
-        self._frontend, self._encoder, self._head = sessions = [session(name) for name in GRAPH_NAMES]
-        # A provider that cannot start is passed over with no error.
-        if device == "cuda" and self._encoder.get_providers()[0] != "CUDAExecutionProvider":
-            raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
-        graphs = " with CUDA graphs" if capturing else ""
+        self._graphs_or_none = options.cuda_graphs is True
+        self._captured: CapturedRuns | None = None
+        self._owner: ThreadPoolExecutor | None = None
+        if device == "cuda" and options.cuda_graphs:
+            self._owner = ThreadPoolExecutor(1)
+            self._capture(onnxruntime, files.manifest.window.window_samples)
+        else:
+            self._sessions = self._open()
+        graphs = " with CUDA graphs" if self._captured is not None else ""
         self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}{graphs}"
         self.precision: Precision = precision
         self.kind = f"onnxruntime {device} {precision}{graphs}"
-        self._captured = CapturedRuns(onnxruntime, sessions, window_samples) if capturing else None
-        self._uncaptured = run_options(onnxruntime) if capturing else None
-        self._owner = ThreadPoolExecutor(1) if capturing else None
-        if capturing:
-            self._try(window_samples)
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -80,8 +69,7 @@ class OnnxRuntimeBackend(Backend):
 
     def features(self, fbank: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
         """As `Backend.features`, never as a CUDA graph."""
-        inputs = {"fbank": fbank, "num_tokens": num_tokens}
-        return np.asarray(self._in_turn(_run, self._encoder, inputs, "features", "cpu", self._uncaptured).numpy())
+        return self._in_turn(lambda: self._sessions.features(fbank, num_tokens))
 
     def batch_seconds(self, window_seconds: float) -> float:
         """As `Backend.batch_seconds`."""
@@ -91,38 +79,41 @@ class OnnxRuntimeBackend(Backend):
         """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""
         return work(*given) if self._owner is None else self._owner.submit(work, *given).result()
 
-    def _try(self, window_samples: int) -> None:
-        """Capture a window of noise: who asked for graphs hears now, and not after hours, that there are none."""
+    def _capture(self, onnxruntime: Any, window_samples: int) -> None:
+        """Sessions that capture, and a window of noise: who wants graphs hears now, not after hours, of none."""
         noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
+        try:
+            self._sessions = self._open(capturing=True)
+            self._captured = CapturedRuns(onnxruntime, self._sessions, window_samples)
+        except Exception as error:  # ONNX Runtime raises what it likes
+            self._do_without(error)
         for _ in range(2):  # the first time, nobody knows that a shape comes again
             self.scores(noise, np.array([window_samples]))
+
+    def _do_without(self, error: Exception) -> None:
+        """Sessions that do not capture, in place of those that failed to; raises the error where that will not do."""
+        if self._graphs_or_none:
+            raise error
+        print(f"aesanet: no CUDA graphs from here on, which is slower: {error}", file=sys.stderr)
+        self._captured = None
+        self._sessions = self._open()
 
     def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores of a batch, and embeddings or nothing."""
         batch, tokens = len(num_samples), num_tokens(num_samples)
-        found = self._captured.run(waveform, tokens) if self._captured is not None else None
-        if found is None:
-            fbank = _run(self._frontend, {"waveform": waveform}, "fbank", self._device, self._uncaptured)
-            inputs = {"fbank": fbank, "num_tokens": tokens}
-            features = _run(self._encoder, inputs, "features", self._device, self._uncaptured)
-            inputs = {"features": features, "num_tokens": tokens}
-            found = features, _run(self._head, inputs, "scores", "cpu", self._uncaptured).numpy()
-        features, scores = found
+        features, scores = self._run(waveform, tokens)
         embeddings = np.zeros((0, 0), np.float32)
         if embedded:
             embeddings = mean_over_tokens(features.numpy()[:batch], tokens)
-        return np.asarray(scores)[:batch], embeddings
+        return scores[:batch], embeddings
 
-
-def _run(session: Any, inputs: Mapping[str, Any], output: str, device: Device, options: Any = None) -> Any:
-    """One graph's output as a value of ONNX Runtime that stays on the device; so does an input that is one."""
-    binding = session.io_binding()
-    for name, value in inputs.items():
-        (binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input)(name, value)
-    binding.bind_output(output, device)
-    session.run_with_iobinding(binding, options)
-    (value,) = binding.get_outputs()
-    return value
+    def _run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
+        if self._captured is not None:
+            try:
+                return self._captured.run(waveform, tokens)
+            except BackendError as error:
+                self._do_without(error)
+        return self._sessions.run(waveform, tokens)
 
 
 def support() -> Support:
