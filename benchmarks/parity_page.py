@@ -1,7 +1,7 @@
 """What `aesanet verify` found, as one HTML page that needs nothing else: verdicts, tables, plots."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from aesanet.axes import AXES
 from aesanet.benchmarks.page import AXIS_COLOURS, page, text
 from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, allowed
-from aesanet.bundle import Manifest, Verification
+from aesanet.bundle import Fused, Half, Manifest, Parity, Verification
+from aesanet.engines import Engine, short_key
 
 _MANY_POINTS = 2000  # an axis, from which on they are drawn as a picture
 
@@ -20,8 +21,12 @@ def parity_page(
     reference: Reference,
     found: Mapping[str, tuple[Verification, np.ndarray | None]],
     layers: Sequence[str],
+    engines: Sequence[Engine] = (),
 ) -> str:
-    """The page: `found` has what was measured of each engine and its scores of each window, float64 [windows, 4]."""
+    """The page: `found` has what was measured of each engine and its scores of each window, float64 [windows, 4].
+
+    engines : that were compiled into the bundle
+    """
     seconds = sum(len(window.samples) for window in reference.windows) / manifest.sample_rate
     parts = [
         f"<h1>Are the scores of {text(bundle)} the checkpoint's?</h1>",
@@ -35,9 +40,46 @@ def parity_page(
         parts += [f"<h2>{text(name)}</h2>", _verdict(result)]
         if scores is not None:
             parts += [_table(result), _plot(reference, scores, result)]
+    parts += _exported(manifest)
+    for engine in engines:
+        parts += _compiled(engine)
     if layers:
         parts += ["<h2>Layers</h2>", f"<ul>{''.join(f'<li>{text(line)}</li>' for line in layers)}</ul>"]
     return page(bundle, "".join(parts))
+
+
+def _exported(manifest: Manifest) -> list[str]:
+    """What `aesanet export` measured."""
+    parity, half = manifest.parity, manifest.half
+    measured: list[tuple[str, str, str, Parity | Half | Fused]] = [
+        ("FP32", "PyTorch", f"{len(parity.cases)} batches", parity)
+    ]
+    if half is not None:
+        audio = f"{half.clips} clips, {half.seconds:.0f} s"
+        logits = ", ".join(f"{graph} {precision}" for graph, precision in half.logits.items())
+        measured.append((f"FP16 (attention logits: {logits})", "FP32", audio, half))
+        if half.fused is not None:
+            measured.append(("FP16, fused", "FP32", audio, half.fused))
+    rows = [(*told, f"{of.features_relative:.1e}", f"{of.scores_max_abs:.1e}") for *told, of in measured]
+    return ["<h2>Graphs</h2>", _html_table(("graphs", "held to", "on", "features, relative", "scores"), rows)]
+
+
+def _compiled(engine: Engine) -> list[str]:
+    """What went into an engine, and what came of it."""
+    plans = []
+    for name, plan in engine.plans.items():
+        activations = ", ".join(f"{size / 2**20:.0f}" for size in plan.activation_bytes)
+        plans.append((name, f"{plan.size_bytes / 2**20:.1f}", f"{plan.build_seconds:.1f}", activations))
+    return [
+        f"<h2>Engine {short_key(engine.key)}…</h2>",
+        _html_table(("key part", "value"), list(engine.parts.items())),
+        _html_table(("plan", "MiB", "built in, s", "activations, MiB, by profile"), plans),
+    ]
+
+
+def _html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{text(head)}</th>' for head in heads)}</tr>{body}</table>"
 
 
 def _verdict(result: Verification) -> str:
@@ -48,16 +90,13 @@ def _verdict(result: Verification) -> str:
 
 
 def _table(result: Verification) -> str:
-    rows = "".join(
-        f"<tr><td>{axis}</td><td>{_number(p.max_abs, '.1e')}</td><td>{_number(p.mean_abs, '.1e')}</td>"
-        f"<td>{_number(p.p99_abs, '.1e')}</td><td>{_number(p.srcc, '.5f')}</td><td>{_number(p.ktau, '.5f')}</td>"
-        f"<td>{p.swapped_pairs}</td></tr>"
-        for axis, p in result.axes.items()
-    )
+    rows = []
+    for axis, p in result.axes.items():
+        differences = (_number(value, ".1e") for value in (p.max_abs, p.mean_abs, p.p99_abs))
+        rows.append((axis, *differences, _number(p.srcc, ".5f"), _number(p.ktau, ".5f"), str(p.swapped_pairs)))
     heads = ("difference", "largest", "mean", "p99", "SRCC", "KTAU", "pairs in another order")
     return (
-        f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
-        f"<p>Among other clips: {_number(result.batch_max_abs, '.1e')} at most. "
+        f"{_html_table(heads, rows)}<p>Among other clips: {_number(result.batch_max_abs, '.1e')} at most. "
         f"Scored again: {_number(result.repeat_max_abs, '.1e')}.</p>"
     )
 

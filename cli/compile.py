@@ -15,15 +15,24 @@ if TYPE_CHECKING:
     from aesanet.machine import Gpu
 
 
-def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[tuple[float, int]] | None:
-    """Pairs of longest seconds and largest batch from text such as 2:128,10:64."""
+Bounds = list[tuple[float, int, int]]
+
+
+def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Bounds | None:
+    """Longest seconds, largest and best batch from text such as 2:128,10:64@16."""
     if value is None:
         return None
+    found: Bounds = []
     try:
-        pairs = [part.split(":") for part in value.split(",")]
-        return [(float(seconds), int(batch)) for seconds, batch in pairs]
+        for seconds, batches in (part.split(":") for part in value.split(",")):
+            largest, at, best = batches.partition("@")
+            found.append((float(seconds), int(largest), int(best if at else largest)))
     except ValueError:
-        raise click.BadParameter(f"{value!r}; give longest seconds and largest batch, such as 2:128,10:64") from None
+        raise click.BadParameter(
+            f"{value!r}; give longest seconds and largest batch, such as 2:128,10:64, and after an @ the batch that "
+            "kernels are chosen for, if it is another: 10:64@16"
+        ) from None
+    return found
 
 
 def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | None) -> "tuple[Flavour, tuple[str, ...]]":
@@ -37,9 +46,7 @@ def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | Non
     return ("rtx" if capabilities and flavour == "auto" else choose_flavour(flavour)), capabilities
 
 
-def profiles_of(
-    bounds: list[tuple[float, int]] | None, window_seconds: float, memory_mib: int | None = None
-) -> "tuple[Profile, ...]":
+def profiles_of(bounds: Bounds | None, window_seconds: float, memory_mib: int | None = None) -> "tuple[Profile, ...]":
     """The profiles asked for, or those that suit a window and a GPU's memory; raises UsageError."""
     from aesanet.export.profiles import default_profiles, make_profiles
 
@@ -72,8 +79,9 @@ def _gpu_here() -> "Gpu | None":
 @click.option(
     "--profiles",
     callback=_bounds,
-    help="Longest seconds and largest batch of each: 2:128,10:64; a length may come twice, as in 10:1,10:64 for single "
-    "clips.  [default: 2 s, the bundle's window, 30 s, in batches that the GPU's memory holds]",
+    help="Longest seconds and largest batch of each: 2:128,10:64. Kernels are chosen for the largest, or for another: "
+    "10:64@16. A length may come twice, as in 10:1,10:64 for single clips.  [default: 2 s, the bundle's window, 30 s, "
+    "in batches that the GPU's memory holds]",
 )
 @click.option(
     "--capability", help="RTX: compute capabilities to build for, such as 8.0,8.9,12.0.  [default: the library's own]"
@@ -90,7 +98,7 @@ def _gpu_here() -> "Gpu | None":
 def compile(
     bundle: Path,
     flavour: Literal["auto", "tensorrt", "rtx"],
-    profiles: list[tuple[float, int]] | None,
+    profiles: Bounds | None,
     capability: str | None,
     workspace: float | None,
     level: int | None,

@@ -115,9 +115,11 @@ def verify(
             click.echo(str(compared))
     if html is not None:
         from aesanet.benchmarks.parity_page import parity_page
+        from aesanet.engines import read_engine
 
+        engines = [read_engine(bundle, manifest, key) for key in manifest.engines]
         try:
-            html.write_text(parity_page(str(bundle), manifest, reference, found, lines), encoding="utf-8")
+            html.write_text(parity_page(str(bundle), manifest, reference, found, lines, engines), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{html}: {error.strerror}") from None
     if any(result.failures for result, _ in found.values()):

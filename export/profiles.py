@@ -20,23 +20,24 @@ _MIB_A_SECOND: Final = 8.0
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Batches of 1 to `max_batch` clips, padded to `min_seconds` to `max_seconds`.
 
-    Kernels are chosen for the largest batch of the longest clips, as that is what runs most when many are scored.
+    Kernels are chosen for `best_batch` of the longest clips: the batch that runs most when many are scored.
     """
 
     min_seconds: float
     max_seconds: float
     max_batch: int
+    best_batch: int
 
     def __str__(self) -> str:
         """Exact, as it is a part of an engine's key: in samples at 16 kHz."""
         short, long = self._samples()
-        return f"1 to {self.max_batch} clips of {short} to {long} samples"
+        best = "" if self.best_batch == self.max_batch else f" (kernels for {self.best_batch})"
+        return f"1 to {self.max_batch} clips{best} of {short} to {long} samples"
 
     def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, best and largest shape of an input."""
         short, long = self._samples()
-        smallest, largest = _shape(spec, 1, short), _shape(spec, self.max_batch, long)
-        return smallest, largest, largest
+        return _shape(spec, 1, short), _shape(spec, self.best_batch, long), _shape(spec, self.max_batch, long)
 
     def _samples(self) -> tuple[int, int]:
         return round(self.min_seconds * SAMPLE_RATE), round(self.max_seconds * SAMPLE_RATE)
@@ -57,14 +58,16 @@ def default_profiles(window_seconds: float, memory_mib: int | None = None) -> tu
     return make_profiles(list(batch_of.items()))
 
 
-def make_profiles(bounds: Sequence[tuple[float, int]]) -> tuple[Profile, ...]:
-    """(longest seconds, largest batch) pairs to profiles that follow each other; raises ValueError.
+def make_profiles(bounds: Sequence[tuple[float, int] | tuple[float, int, int]]) -> tuple[Profile, ...]:
+    """(longest seconds, largest batch, best batch) to profiles that follow each other; raises ValueError.
 
-    Of one length there may be several, for small batches and large ones: kernels that suit 64 clips do not suit one.
+    The best batch is the largest where it is left out. Of one length there may be several, for small batches and large
+    ones: kernels that suit 64 clips do not suit one.
     """
     profiles: list[Profile] = []
     start = MIN_SAMPLES / SAMPLE_RATE
-    for seconds, batch in sorted(bounds):
+    for seconds, batch, *chosen in sorted(bounds):
+        (best,) = chosen or [batch]
         same = bool(profiles) and seconds == profiles[-1].max_seconds
         if same and batch == profiles[-1].max_batch:
             raise ValueError(f"two profiles up to {seconds:g} s and {batch} clips; give each once")
@@ -72,7 +75,9 @@ def make_profiles(bounds: Sequence[tuple[float, int]]) -> tuple[Profile, ...]:
             raise ValueError(f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s")
         if not 1 <= batch <= MAX_BATCH:
             raise ValueError(f"a profile of {batch} clips; it must be from 1 to {MAX_BATCH}")
-        profiles.append(Profile(profiles[-1].min_seconds if same else start, seconds, batch))
+        if not 1 <= best <= batch:
+            raise ValueError(f"a profile of {batch} clips that is best at {best}; it must be from 1 to {batch}")
+        profiles.append(Profile(profiles[-1].min_seconds if same else start, seconds, batch, best))
         start = seconds
     if not profiles:
         raise ValueError("no profile; give at least one, such as 10:64")

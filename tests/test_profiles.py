@@ -9,13 +9,20 @@ from aesanet.bundle import GRAPH_NAMES, signature
 from aesanet.export.profiles import default_profiles, make_profiles
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 
-bounds = st.lists(st.tuples(st.integers(1, 600), st.integers(1, 4096)), min_size=1, max_size=4, unique=True)
+bounds = st.lists(
+    st.tuples(st.integers(1, 600), st.integers(1, 4096), st.integers(1, 4096)).map(
+        lambda b: (b[0], max(b[1:]), min(b[1:]))
+    ),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda bound: bound[:2],
+)
 
 
 @given(bounds, st.data())
 def test_profiles_cover_every_length_up_to_the_longest(pairs, data):
     profiles = make_profiles(pairs)
-    longest = max(seconds for seconds, _ in pairs)
+    longest = max(seconds for seconds, *_ in pairs)
     samples = data.draw(st.integers(MIN_SAMPLES, longest * SAMPLE_RATE))
     covering = [p for p in profiles if p.min_seconds * SAMPLE_RATE <= samples <= p.max_seconds * SAMPLE_RATE]
     assert covering
@@ -32,7 +39,18 @@ def test_profiles_cover_every_length_up_to_the_longest(pairs, data):
         assert (best <= largest).all()
         assert (smallest <= sizes[name]).all()
         assert (sizes[name] <= largest).all()
-        assert largest[0] == covering[0].max_batch
+        assert (largest[0], best[0]) == (covering[0].max_batch, covering[0].best_batch)
+        assert (best[1:] == largest[1:]).all()
+
+
+def test_kernels_are_chosen_for_the_largest_batch_where_no_other_is_named():
+    named, largest = make_profiles([(10.0, 64, 16)]), make_profiles([(10.0, 64)])
+    assert [str(*profiles) for profiles in (named, largest)] == [
+        "1 to 64 clips (kernels for 16) of 2800 to 160000 samples",
+        "1 to 64 clips of 2800 to 160000 samples",
+    ]
+    assert named[0].best_batch == 16
+    assert largest[0].best_batch == 64
 
 
 @pytest.mark.parametrize("window", [0.175, 1.0, 2.0, 6.0, 10.0, 30.0, 600.0])
@@ -55,7 +73,9 @@ def test_default_batches_fit_the_gpus_memory():
     }
 
 
-@pytest.mark.parametrize("pairs", [[], [(0.1, 4)], [(601, 4)], [(5, 0)], [(5, 5000)], [(5, 4), (5, 4)]])
+@pytest.mark.parametrize(
+    "pairs", [[], [(0.1, 4)], [(601, 4)], [(5, 0)], [(5, 5000)], [(5, 4), (5, 4)], [(5, 4, 5)], [(5, 4, 0)]]
+)
 def test_profiles_that_make_no_sense(pairs):
     with pytest.raises(ValueError, match="profile"):
         make_profiles(pairs)

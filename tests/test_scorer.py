@@ -202,11 +202,11 @@ def test_threads_may_share_a_scorer(tiny_bundle, name, device, precision):
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_threads_of_the_engine_are_those_asked_for(tiny_bundle, name):
-    encoder = Scorer.open(tiny_bundle, backend=name, threads=1).backend._sessions.encoder
+    backend = Scorer.open(tiny_bundle, backend=name, threads=1).backend
     if name == "onnxruntime":
-        assert encoder.get_session_options().intra_op_num_threads == 1
+        assert backend._sessions.encoder.get_session_options().intra_op_num_threads == 1
     else:
-        assert encoder.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+        assert backend._encoder.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
 
 
 class Recorder(Backend):
