@@ -107,6 +107,35 @@ def test_a_convolution_of_any_size_is_a_product(taps, groups, width):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_convolution_of_patches_is_a_product(biased):
+    rng = np.random.default_rng(0)
+    kernel, bias = (rng.normal(size=size).astype(np.float32) for size in ((6, 1, 16, 16), 6))
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    patches (float[batch, frames, 64] x, int64[batch] num_tokens) => (float[batch, tokens, 6] y)
+    <int64[1] one = {{1}}, int64[3] sizes = {{0, 6, -1}}> {{
+        image = Unsqueeze(x, one)
+        found = Conv<strides = [16, 16]>(image, kernel{", bias" if biased else ""})
+        flat = Reshape(found, sizes)
+        turned = Transpose<perm = [0, 2, 1]>(flat)
+        y = Relu(turned)
+    }}"""
+    proto = onnx.parser.parse_model(text)
+    weights = {"kernel": kernel, **({"bias": bias} if biased else {})}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    fuse(model)
+    assert not any(node.op_type == "Conv" for node in model.graph)
+    x = rng.normal(size=(3, 16 * 5 + 9, 64)).astype(np.float32)
+    (found,) = session(model).run(None, {"x": x, "num_tokens": np.array([20] * 3)})
+    with torch.inference_mode():
+        image, *given_ = (torch.from_numpy(array) for array in (x[:, None], *weights.values()))
+        expected = torch.nn.functional.conv2d(image, *given_, stride=16).flatten(2).transpose(1, 2).relu().numpy()
+    assert found.shape == expected.shape == (3, 20, 6)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def test_what_is_slow_with_cuda_is_gone(tiny_bundle):
     layers = sum(node.op_type == "Softmax" for node in ir.load(tiny_bundle / "encoder.onnx").graph)
     for name, attentions in (("encoder", layers), ("head", 4)):
@@ -115,7 +144,7 @@ def test_what_is_slow_with_cuda_is_gone(tiny_bundle):
         assert [node.op_type for node in ours] == ["MultiHeadAttention"] * attentions
         assert not any(node.op_type == "Softmax" for node in nodes)
         assert sum(node.op_type == "ReduceSum" for node in nodes) == (name == "head")  # over a clip, of the gates none
-        assert all(len(node.inputs[1].shape) == 4 for node in nodes if node.op_type == "Conv")  # of patches
+        assert not any(node.op_type == "Conv" for node in nodes)
 
 
 def test_a_bundles_fused_graphs_are_half_and_share_its_weights(half_bundle, tmp_path, monkeypatch, clips):
