@@ -94,7 +94,7 @@ class Half(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `logits` are the types in which each graph's attention logits leave their matrix product (see docs/precision.md);
     `features_relative` is |fp16 - fp32| / |fp32| of a clip's features, as Euclidean norms. Engines are compiled from
-    `graphs`; ONNX Runtime runs `fused` on a GPU where the bundle has it.
+    `graphs`; ONNX Runtime runs `fused` on GPUs that it is fast on, where the bundle has it.
     """
 
     graphs: dict[GraphName, GraphSpec]
@@ -183,11 +183,11 @@ def signature(graph: GraphName, width: int) -> tuple[tuple[TensorSpec, ...], tup
 def graphs_used(manifest: Manifest, kind: str) -> dict[GraphName, str]:
     """The sha256 of the graphs that an engine is made from.
 
-    kind : of the engine, as its backend says it, such as "onnxruntime cuda fp16"
+    kind : of the engine, as its backend says it, such as "onnxruntime cuda fp16 fused"
     """
     half: dict[GraphName, GraphSpec] = {}
     if manifest.half and "fp16" in kind.split():
-        fused = manifest.half.fused if kind.startswith("onnxruntime cuda") else None
+        fused = manifest.half.fused if "fused" in kind.split() else None
         half = (fused or manifest.half).graphs
     return {name: half.get(name, spec).sha256 for name, spec in manifest.graphs.items()}
 
@@ -210,11 +210,13 @@ def read_manifest(bundle: str | Path) -> Manifest:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise BundleError(f"{path}: {error}; export the checkpoint again") from None
+    half = manifest.half
     for field, found, expected in (
         ("axes", manifest.axes, AXES),
         ("sample_rate", manifest.sample_rate, SAMPLE_RATE),
         ("graphs", tuple(manifest.graphs), GRAPH_NAMES),
-        ("half.graphs", tuple(manifest.half.graphs if manifest.half else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
+        ("half.graphs", tuple(half.graphs if half else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
+        ("half.fused", tuple(half.fused.graphs if half and half.fused else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
     ):
         if found != expected:
             raise BundleError(f"{path}: {field} is {found}; expected {expected}; export the checkpoint again")

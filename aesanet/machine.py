@@ -99,10 +99,25 @@ def cuda_gpu(cuda: Any) -> Gpu:
 
 def require_gpu() -> None:
     """Raise BackendError, with what NVIDIA's tool says, where there is no GPU at all, or no driver for it."""
+    _gpus_here()
+
+
+def compute_capability() -> float:
+    """Of the GPU that CUDA takes first; where only NVIDIA's tool tells, the least of all. Raises BackendError.
+
+    0 where a tool does not tell it.
+    """
     try:
-        cuda_gpu(load_cuda())
+        return min(float(gpu.capability) for gpu in _gpus_here())
+    except ValueError:
+        return 0.0
+
+
+def _gpus_here() -> list[Gpu]:
+    try:
+        return [cuda_gpu(load_cuda())]
     except BackendError:  # no cuda-python, or one that wants a newer driver than others here do
-        list_gpus()
+        return list_gpus()
 
 
 def processor_name() -> str:

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from aesanet.bundle import HALF_GRAPH_NAMES, GraphName
+from aesanet.bundle import GraphName
 from aesanet.export.layers import Layers, compare_half, compared, run_all, scopes
 from aesanet.lengths import num_tokens
 from aesanet.models.aesanet import AESANet
@@ -42,8 +42,9 @@ def compare_layers(model: AESANet, files: BundleFiles, waveform: np.ndarray) -> 
             if module in modules and tensor in full and full[tensor].shape == modules[module].shape
         }
         yield compared(name, "fp32", pairs)
-        if name in HALF_GRAPH_NAMES and name in files.fp16:
-            yield compare_half(name, graph, ir.load(files.fp16[name]), arrays)
+        for what, half in ((name, files.fp16), (f"fused {name}", files.fused)):
+            if name in half:
+                yield compare_half(what, graph, ir.load(half[name]), arrays)
 
 
 def _tensors_of_modules(graph: onnx.ModelProto) -> dict[str, str]:

@@ -240,7 +240,7 @@ def _failures(
     worst = max(among_others, key=lambda change: np.nan_to_num(change[0] / change[1], nan=np.inf))
     for (change, most), what in ((worst, "with what else is in its batch"), (again, "when it is scored again")):
         if not change <= most:
-            yield f"a window's scores change by {change:.1e} {what} (limit {most:.0e})"
+            yield f"a window's scores change by {change:.1e} {what} (limit {most:.1e})"
 
 
 def _axis(expected: np.ndarray, found: np.ndarray, limit: float) -> AxisParity:

@@ -81,7 +81,7 @@ def latency(
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
     found = measure_latency(scorer.backend, cells, most)
-    where |= clocks()
+    where |= clocks() | {"engine": scorer.backend.name}  # which CUDA graphs may have failed meanwhile
     rows = [where | latency_row(cell, times) for cell, times in found.items()]
     append_rows(out, LATENCY_COLUMNS, rows)
     click.echo(" clips  seconds     p50 ms          95 % of p50       p90       p99       max  x real time")
@@ -126,7 +126,7 @@ def throughput(
     note(f"{scorer.backend.name} ({scorer.reason})")
     where = provenance(scorer, bundle)
     rows = throughput_rows(scorer, cells, most, threads, gpu_memory_before_mib)
-    where |= clocks()
+    where |= clocks() | {"engine": scorer.backend.name}  # which CUDA graphs may have failed meanwhile
     rows = [where | row for row in rows]
     append_rows(out, THROUGHPUT_COLUMNS, rows)
     click.echo(" clips  seconds    clips/s         95 % of clips/s   hours/s  x real time   TFLOP/s      peak    MFU")
@@ -233,9 +233,9 @@ def end_to_end(
 def peers(inputs: tuple[str, ...], batches: list[float], threads: int | None, out: Path, **plan: Any) -> None:
     """Time aesanet's engines beside PyTorch, Polygraphy and audiobox-aesthetics, in turns, on INPUTS or recordings.
 
-    PyTorch runs the same network, eager and compiled, in FP32 and by autocast. From files, it and audiobox-aesthetics
-    read, resample and score one batch after the other, as scripts do. audiobox-aesthetics is its own package, with
-    random weights of the published sizes, and takes part where it is installed:
+    PyTorch runs the same network, eager and compiled, in FP32 (on a GPU only eager) and by autocast. From files, it and
+    audiobox-aesthetics read, resample and score one batch after the other, as scripts do. audiobox-aesthetics is its
+    own package, with random weights of the published sizes, and takes part where it is installed:
 
         pip install audiobox_aesthetics requests
     """

@@ -58,6 +58,11 @@ def export(checkpoint: Path, beats: Path | None, out: Path, fp16: bool, audio: t
             f"features {half.features_relative:.1e} (relative; limit {half.features_limit:.0e}), "
             f"scores {half.scores_max_abs:.1e} (limit {half.scores_limit:.0e})"
         )
+        if (fused := half.fused) is not None:
+            click.echo(
+                f"{out}: the same, fused for ONNX Runtime on a GPU: features {fused.features_relative:.1e}, "
+                f"scores {fused.scores_max_abs:.1e}"
+            )
 
 
 def _clips(inputs: tuple[str, ...]) -> "Iterator[np.ndarray]":

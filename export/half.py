@@ -72,7 +72,7 @@ def add_half(
                 scores_max_abs=scores,
                 features_limit=FEATURES_LIMIT,
                 scores_limit=SCORES_LIMIT,
-                fused=_add_fused(folder, graphs, specs, reference, clips),
+                fused=_add_fused(folder, graphs, specs, reference, clips, progress),
             )
         tried.append(f"{features:.1e} and {scores:.1e} with logits in {in_words(logits)}")
     worst = max(clips, key=lambda clip: np.nan_to_num(_worst_differences(reference, half, [clip])[1], nan=np.inf))
@@ -105,15 +105,25 @@ def _add_fused(
     half: Mapping[GraphName, GraphSpec],
     reference: Sessions,
     clips: Sequence[np.ndarray],
+    progress: Callable[[str], None],
 ) -> Fused | None:
-    """The FP16 graphs fused, or None, and no files, where they do not keep the scores."""
-    specs = {name: _write_fused(folder, graphs[name], spec) for name, spec in half.items()}
-    features, scores = _worst_differences(reference, _as_written(folder, specs), clips)
-    if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
-        return Fused(specs, features, scores)
-    for spec in specs.values():
-        (folder / spec.file).unlink()
+    """The FP16 graphs fused; or None, and no files, where they do not keep the scores or cannot be had."""
+    try:
+        specs = {name: _write_fused(folder, graphs[name], spec) for name, spec in half.items()}
+        features, scores = _worst_differences(reference, _as_written(folder, specs), clips)
+        if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+            return Fused(specs, features, scores)
+        reason = f"features (relative) and scores differ by {features:.1e} and {scores:.1e}"
+    except ExportError as error:
+        reason = str(error)
+    progress(f"no fused graphs: {reason}")
+    for name in half:
+        _fused_path(folder, graphs[name]).unlink(missing_ok=True)
     return None
+
+
+def _fused_path(folder: Path, spec: GraphSpec) -> Path:
+    return folder / f"{Path(spec.file).stem}.fused.onnx"
 
 
 def _write_fused(folder: Path, spec: GraphSpec, half: GraphSpec) -> GraphSpec:
@@ -125,7 +135,7 @@ def _write_fused(folder: Path, spec: GraphSpec, half: GraphSpec) -> GraphSpec:
     for name, value in model.graph.initializers.items():
         if name in theirs and isinstance(theirs[name].const_value, ir.ExternalTensor):
             value.const_value = theirs[name].const_value
-    path = folder / f"{Path(spec.file).stem}.fused.onnx"
+    path = _fused_path(folder, spec)
     ir.save(model, path)
     onnx.checker.check_model(path, full_check=True)
     sha256 = file_sha256(path, *([folder / half.weights] if half.weights else []))

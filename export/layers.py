@@ -14,7 +14,7 @@ from polygraphy.backend.onnx import modify_outputs
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.logger import G_LOGGER
 
-from aesanet.bundle import GraphName, GraphPrecision
+from aesanet.bundle import GraphPrecision
 from aesanet.export.parity import relative_error
 from aesanet.export.rounding import round_as_written
 
@@ -28,7 +28,7 @@ Tensors = Mapping[str, np.ndarray]
 class Layers:
     """How a graph compares. `first` is the first tensor past the limit, in the graph's order, or None."""
 
-    graph: GraphName
+    graph: str
     precision: GraphPrecision
     compared: int
     first: tuple[str, float] | None
@@ -45,9 +45,10 @@ class Layers:
         return f"{what}: the first of {self.compared} layers that differs is {where}, by {error:.1e} (relative)"
 
 
-def compare_half(graph: GraphName, fp32: onnx.ModelProto, half: ir.Model, inputs: Tensors) -> Layers:
+def compare_half(graph: str, fp32: onnx.ModelProto, half: ir.Model, inputs: Tensors) -> Layers:
     """An FP16 graph, with every half tensor rounded, held to the FP32 graph that it was made from; changes `half`.
 
+    graph  : what it is called
     inputs : of both graphs, one batch
     """
     full = run_all(fp32, inputs)
@@ -65,7 +66,7 @@ def compare_half(graph: GraphName, fp32: onnx.ModelProto, half: ir.Model, inputs
     )
 
 
-def compared(graph: GraphName, precision: GraphPrecision, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Layers:
+def compared(graph: str, precision: GraphPrecision, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Layers:
     """How pairs of what was found and what was expected compare, in their order."""
     errors = {}
     for name, (found, expected) in pairs.items():

@@ -95,6 +95,7 @@ class Session:
     def __init__(self, module, path, options, providers):
         *cuda, processor = providers
         assert ([name for name, _ in cuda], processor) in (([], CPU), (["CUDAExecutionProvider"], CPU))
+        self.path = path
         self.module, self.captures = module, any(settings.get("enable_cuda_graph") for _, settings in cuda)
         if self.captures and module.fault == "refused":
             raise real.capi.onnxruntime_pybind11_state.Fail(

@@ -6,6 +6,7 @@ On what stands for its CUDA provider (see simulated_cuda_provider), and on a rea
 import csv
 import shutil
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +34,7 @@ def provider(monkeypatch):
     found = CudaProvider()
     monkeypatch.setitem(sys.modules, "onnxruntime", found)
     monkeypatch.setattr(onnxruntime, "require_gpu", lambda: None)
+    monkeypatch.setattr(onnxruntime, "compute_capability", lambda: 9.0)
     return found
 
 
@@ -132,7 +134,7 @@ def test_threads_take_turns(provider, tiny_bundle):
     [
         ("refused", "have not been partitioned"),
         ("invalidated", "ONNX Runtime's CUDA graphs failed: CUDA failure 901.*; do without --cuda-graphs"),
-        ("stale", "a CUDA graph of ONNX Runtime gives other numbers than its kernels one by one; do without"),
+        ("stale", "a CUDA graph of ONNX Runtime gives other numbers than its kernels one by one; do without --cuda"),
     ],
 )
 def test_who_asks_for_graphs_that_cannot_be_had_is_told_at_once(provider, tiny_bundle, fault, told):
@@ -154,17 +156,38 @@ def test_where_graphs_are_tried_in_vain_kernels_run_one_by_one(provider, tiny_bu
     for _ in range(3):
         assert np.allclose(backend.scores(*batch), opened(tiny_bundle).scores(*batch), atol=2e-5)
     assert capsys.readouterr().err == ""
+    assert "--cuda-graphs" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["invalidated", "stale"])
 def test_where_graphs_are_tried_a_later_failure_costs_speed_and_no_score(provider, tiny_bundle, capsys, fault):
     backend = opened(tiny_bundle, cuda_graphs="try")
     assert backend.kind == "onnxruntime cuda fp32 with CUDA graphs"
+    old = [weakref.ref(session) for session in provider.sessions]
+    provider.sessions.clear()
     provider.fault = fault
     batch = clips(np.random.default_rng(0), [8_000, 3_000])
-    for _ in range(3):
-        assert np.allclose(backend.scores(*batch), opened(tiny_bundle).scores(*batch), atol=2e-5)
+    first = backend.scores(*batch)
+    assert backend.kind == "onnxruntime cuda fp32 with CUDA graphs"
+    others = [backend.scores(*batch) for _ in range(3)]
+    assert all(np.array_equal(other, first) for other in others)  # in the same shape
+    assert np.allclose(first, opened(tiny_bundle).scores(*batch), atol=2e-5)
+    assert backend.kind == backend.name.replace(f" {provider.__version__}", "") == "onnxruntime cuda fp32"
     assert capsys.readouterr().err.count("no CUDA graphs from here on") == 1
+    assert not any(session() for session in old)  # before the others were opened, as memory may be what is missing
+
+
+def test_what_failed_once_fails_from_then_on_where_graphs_are_asked_for(provider, tiny_bundle):
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    batch = clips(np.random.default_rng(0), [8_000, 3_000])
+    backend.scores(*batch)
+    provider.fault = "invalidated"
+    captured = len(provider.sessions[0].graphs)
+    for fault in ("invalidated", None, None):
+        provider.fault = fault
+        with pytest.raises(BackendError, match="CUDA failure 901"):
+            backend.scores(*batch)
+    assert len(provider.sessions[0].graphs) == captured
 
 
 def test_a_shape_gives_the_same_bytes_with_its_graph_and_before(bundle):

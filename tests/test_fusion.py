@@ -1,6 +1,9 @@
 """Graphs in operators of ONNX Runtime: the same numbers as the plain ones, and what they are made of."""
 
+import json
 import shutil
+import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
+from simulated_cuda_provider import CudaProvider
 
 from aesanet.bundle import HALF_GRAPH_NAMES, graphs_used, read_manifest
 from aesanet.errors import BundleError, ExportError
@@ -19,7 +23,12 @@ from aesanet.export import half
 from aesanet.export.fusion import DOMAIN, fuse
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
+from aesanet.export.writer import write_manifest
+from aesanet.hashing import file_sha256
 from aesanet.lengths import MEL_BINS
+from aesanet.runtime.backends import onnxruntime as onnxruntime_backend
+from aesanet.runtime.backends import open_exactly
+from aesanet.runtime.backends.base import EngineOptions
 from aesanet.runtime.scorer import open_files
 
 
@@ -192,8 +201,9 @@ def test_engines_are_told_apart_by_their_graphs(half_bundle):
     for kind, graphs in (
         ("tensorrt cuda fp16", half_graphs.graphs),
         ("onnxruntime cpu fp16", half_graphs.graphs),
-        ("onnxruntime cuda fp16", half_graphs.fused.graphs),
-        ("onnxruntime cuda fp16 with CUDA graphs", half_graphs.fused.graphs),
+        ("onnxruntime cuda fp16", half_graphs.graphs),
+        ("onnxruntime cuda fp16 fused", half_graphs.fused.graphs),
+        ("onnxruntime cuda fp16 fused with CUDA graphs", half_graphs.fused.graphs),
         ("onnxruntime cuda fp32", manifest.graphs),
         ("openvino cpu bf16", manifest.graphs),
     ):
@@ -201,6 +211,63 @@ def test_engines_are_told_apart_by_their_graphs(half_bundle):
         assert graphs_used(manifest, kind) == expected
     without = msgspec.structs.replace(manifest, half=msgspec.structs.replace(half_graphs, fused=None))
     assert graphs_used(without, "onnxruntime cuda fp16") == graphs_used(manifest, "tensorrt cuda fp16")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "fused"),
+    [
+        ("1.31.1", 9.0, True),
+        ("1.32.0", 10.0, True),
+        ("2.0.0", 9.0, True),
+        ("1.31.1", 8.9, False),
+        ("1.30.2", 9.0, False),
+    ],
+)
+def test_fused_graphs_run_where_they_are_known_to_be_fast_and_exact(
+    half_bundle, monkeypatch, version, capability, fused
+):
+    provider = CudaProvider()
+    provider.__version__ = version
+    monkeypatch.setitem(sys.modules, "onnxruntime", provider)
+    monkeypatch.setattr(onnxruntime_backend, "compute_capability", lambda: capability)
+    files = open_files(half_bundle)
+    backend = open_exactly(files, "onnxruntime", EngineOptions("cuda", "fp16"))
+    assert backend.kind == f"onnxruntime cuda fp16{' fused' if fused else ''}"
+    names = [Path(session.path).name for session in provider.sessions]
+    assert names == ["frontend.onnx", *(f"{name}.{'fused' if fused else 'fp16'}.onnx" for name in HALF_GRAPH_NAMES)]
+    assert graphs_used(files.manifest, backend.kind)["head"] == file_sha256(half_bundle / names[-1])
+
+
+def test_a_bundle_without_fused_graphs_runs_the_plain_ones(half_bundle, tmp_path, monkeypatch):
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    manifest = read_manifest(bundle)
+    write_manifest(bundle, msgspec.structs.replace(manifest, half=msgspec.structs.replace(manifest.half, fused=None)))
+    provider = CudaProvider()
+    monkeypatch.setitem(sys.modules, "onnxruntime", provider)
+    monkeypatch.setattr(onnxruntime_backend, "compute_capability", lambda: 9.0)
+    backend = open_exactly(open_files(bundle), "onnxruntime", EngineOptions("cuda", "fp16"))
+    assert backend.kind == "onnxruntime cuda fp16"
+
+
+def test_a_manifest_with_half_of_the_fused_graphs_is_refused(half_bundle, tmp_path):
+    bundle = shutil.copytree(half_bundle, tmp_path / "b")
+    path = bundle / "bundle.json"
+    content = json.loads(path.read_text())
+    del content["half"]["fused"]["graphs"]["head"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"half\.fused is"):
+        read_manifest(bundle)
+
+
+def test_what_cannot_be_fused_is_exported_without(half_bundle, clips, tmp_path, monkeypatch):
+    def none(model):
+        raise ExportError("no such graph")
+
+    monkeypatch.setattr(half, "fuse", none)
+    bundle, said = shutil.copytree(half_bundle, tmp_path / "b"), []
+    assert add_half(bundle, read_manifest(bundle).graphs, clips[:1], said.append).fused is None
+    assert said[-1] == "no fused graphs: no such graph"
+    assert not list(bundle.glob("*.fused.onnx"))
 
 
 def test_a_damaged_fused_graph_is_refused(half_bundle, tmp_path):

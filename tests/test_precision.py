@@ -288,10 +288,11 @@ def test_the_command_makes_half_graphs_and_says_what_was_measured(tiny_checkpoin
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0
-    told = capsys.readouterr().out.splitlines()[-1]
+    told, fused = capsys.readouterr().out.splitlines()[-2:]
     assert re.search(
         r"FP16 \(attention logits in fp16\) and FP32 on 1 clip, 4 s: features \d\.\de-0\d .*, scores \d", told
     )
+    assert re.search(r"fused for ONNX Runtime on a GPU: features \d\.\de-0\d, scores \d", fused)
     assert read_manifest(tmp_path / "b").half.clips == 1
 
 

@@ -16,13 +16,14 @@ import numpy as np
 from aesanet.axes import AXES
 from aesanet.errors import BackendError
 from aesanet.lengths import MEL_BINS, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
+from aesanet.runtime.backends.base import Precision
 from aesanet.runtime.backends.sessions import NO_GRAPH, Sessions, run_options
 from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
 
 _SEEN_SHAPES: Final = 1024  # that are remembered as run once
 _KEPT_SAMPLES: Final = 5120 * SAMPLE_RATE  # of all shapes that are kept: of base size, 1.3 GB of inputs and outputs
-_FEATURES_LIMIT: Final = 5e-3  # of a clip, relatively: as far as FP16 graphs may be from FP32
-_SCORES_LIMIT: Final = 0.02
+# How far a graph may be from its own kernels one by one: a clip's features, relatively, and scores.
+_LIMITS: Final[dict[Precision, tuple[float, float]]] = {"fp32": (1e-4, 1e-4), "fp16": (5e-3, 0.02)}
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,35 @@ class _Captured:
     options: Any
 
 
-class CapturedRuns:
+class GridRuns:
     """Batches in shapes of a grid, as graphs once a shape came again. For one thread.
 
+    A batch's shape, and so its numbers, are the same with its graph, before it has one, and where there are none.
+
     onnxruntime    : the module
-    sessions       : that can be captured
+    sessions       : that can be captured, or not, if there are to be no graphs
     window_samples : of a whole window, which is not padded; most batches have them
     """
 
-    def __init__(self, onnxruntime: Any, sessions: Sessions, window_samples: int) -> None:
+    def __init__(self, onnxruntime: Any, sessions: Sessions, window_samples: int, precision: Precision) -> None:
         self._ort, self._sessions, self._window_samples = onnxruntime, sessions, window_samples
+        self._limits = _LIMITS[precision]
         (features,) = sessions.encoder.get_outputs()
         self._width = int(features.shape[2])
         self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._captured: dict[tuple[int, int], _Captured] = {}
+        self._failed: str | None = None
+
+    @property
+    def capturing(self) -> bool:
+        """Whether there are graphs, or will be."""
+        return self._sessions.capturing
 
     def run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
-        """As `Sessions.run`; a batch's shape, and so its numbers, are the same with its graph and without.
+        """As `Sessions.run`. Rows after the batch's own mean nothing, and features are good until the next run.
 
-        Rows after the batch's own mean nothing, and features are good until the next run. Raises BackendError where a
-        graph fails, or gives other numbers than its kernels one by one; no more calls then.
+        Raises BackendError where sessions that can be captured fail, or a graph gives other numbers than its kernels
+        one by one; and from then on for each batch, as it is not known what such sessions are worth.
         """
         batch, samples = waveform.shape
         key = grid_batch(batch), samples if samples == self._window_samples else grid_samples(samples)
@@ -66,21 +76,26 @@ class CapturedRuns:
         if waveform.shape != key:
             padded = np.zeros(key, np.float32)
             padded[:batch, :samples] = waveform
+        if not self.capturing:
+            return self._sessions.run(padded, counted)
+        if self._failed is None:
+            try:
+                return self._run(key, padded, counted)
+            except Exception as error:  # ONNX Runtime raises what it likes
+                self._failed = str(error)
+        raise BackendError(self._failed) from None
+
+    def _run(self, key: tuple[int, int], waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
         known = self._captured.get(key)
         if known is None and not self._worth_it(key):
-            return self._sessions.run(padded, counted)
-        try:
-            captured = known or self._capture(key, number=1 + len(self._captured))
-            captured.waveform.update_inplace(padded)
-            captured.tokens.update_inplace(counted)
-            _run(captured, captured.options)
-            if known is None:
-                self._check(captured, counted)
-        except BackendError:
-            raise
-        except Exception as error:  # ONNX Runtime raises what it likes
-            raise BackendError(f"ONNX Runtime's CUDA graphs failed: {error}; do without --cuda-graphs") from None
-        self._captured[key] = captured
+            return self._sessions.run(waveform, tokens)
+        captured = known or self._capture(key, number=1 + len(self._captured))
+        captured.waveform.update_inplace(waveform)
+        captured.tokens.update_inplace(tokens)
+        _launch(captured, captured.options)
+        if known is None:
+            self._check(captured, tokens)
+            self._captured[key] = captured
         return captured.features, captured.scores.numpy()
 
     def _worth_it(self, key: tuple[int, int]) -> bool:
@@ -116,25 +131,24 @@ class CapturedRuns:
             ),
             options=run_options(self._ort, number),
         )
-        _run(captured, captured.options)
+        _launch(captured, captured.options)
         return captured
 
     def _check(self, captured: _Captured, tokens: np.ndarray) -> None:
         """Raise BackendError where the graphs left other numbers than the same kernels do one by one."""
         found, scores = captured.features.numpy(), captured.scores.numpy()
-        _run(captured, run_options(self._ort, NO_GRAPH))
+        _launch(captured, run_options(self._ort, NO_GRAPH))
         expected = captured.features.numpy()
-        same = [np.abs(scores - captured.scores.numpy()).max() <= _SCORES_LIMIT]
+        of_features, of_scores = self._limits
+        same = [np.abs(scores - captured.scores.numpy()).max() <= of_scores]
         for row, count in enumerate(tokens):
             ours, theirs = found[row, :count], expected[row, :count]
-            same.append(np.linalg.norm(ours - theirs) <= _FEATURES_LIMIT * np.linalg.norm(theirs))
+            same.append(np.linalg.norm(ours - theirs) <= of_features * np.linalg.norm(theirs))
         if not all(same):
-            raise BackendError(
-                "a CUDA graph of ONNX Runtime gives other numbers than its kernels one by one; do without --cuda-graphs"
-            )
+            raise BackendError("a CUDA graph of ONNX Runtime gives other numbers than its kernels one by one")
 
 
-def _run(captured: _Captured, options: Any) -> None:
+def _launch(captured: _Captured, options: Any) -> None:
     for session, binding in captured.bindings:
         session.run_with_iobinding(binding, options)
 

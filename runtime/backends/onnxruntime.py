@@ -1,5 +1,6 @@
 """ONNX Runtime: FP32 on every processor; FP32 and FP16 on NVIDIA GPUs where onnxruntime-gpu is installed."""
 
+import gc
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import numpy as np
 
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
-from aesanet.machine import require_gpu
+from aesanet.machine import compute_capability, require_gpu
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
@@ -21,10 +22,13 @@ from aesanet.runtime.backends.base import (
     Support,
     mean_over_tokens,
 )
-from aesanet.runtime.backends.captured import CapturedRuns
+from aesanet.runtime.backends.captured import GridRuns
 from aesanet.runtime.backends.sessions import Sessions
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
+# Where fused graphs were seen to run, with attention by cuDNN. Elsewhere ONNX Runtime would write out half logits.
+_FUSED_FROM: Final = (1, 31)
+_FUSED_CAPABILITY: Final = 9.0
 
 _Found = TypeVar("_Found")
 
@@ -40,23 +44,33 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         device, precision = options.device, options.precision
+        paths, words = {**files.fp32}, f"{device} {precision}"
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
-        paths = {**files.fp32, **((files.fused or files.fp16) if precision == "fp16" else {})}
+        if precision == "fp16":
+            fused = bool(files.fused) and _runs_fused(onnxruntime)
+            paths |= files.fused if fused else files.fp16
+            words += " fused" if fused else ""
+        self.precision: Precision = precision
+        self._words = words
+        self._version = onnxruntime.__version__
         self._open = partial(Sessions, onnxruntime, paths, device, options.threads)
+        self._runs_on_grid = partial(
+            GridRuns,
+            onnxruntime,
+            window_samples=files.manifest.window.window_samples,
+            precision=precision,
+        )
         self._device = device
         self._graphs_or_none = options.cuda_graphs is True
-        self._captured: CapturedRuns | None = None
+        self._grid: GridRuns | None = None
         self._owner: ThreadPoolExecutor | None = None
         if device == "cuda" and options.cuda_graphs:
             self._owner = ThreadPoolExecutor(1)
-            self._capture(onnxruntime, files.manifest.window.window_samples)
+            self._in_turn(self._capture, files.manifest.window.window_samples)
         else:
             self._sessions = self._open()
-        graphs = " with CUDA graphs" if self._captured is not None else ""
-        self.name = f"onnxruntime {onnxruntime.__version__} {device} {precision}{graphs}"
-        self.precision: Precision = precision
-        self.kind = f"onnxruntime {device} {precision}{graphs}"
+            self._tell_names()
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -79,24 +93,35 @@ class OnnxRuntimeBackend(Backend):
         """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""
         return work(*given) if self._owner is None else self._owner.submit(work, *given).result()
 
-    def _capture(self, onnxruntime: Any, window_samples: int) -> None:
+    def _tell_names(self) -> None:
+        graphs = " with CUDA graphs" if self._grid is not None and self._grid.capturing else ""
+        self.name = f"onnxruntime {self._version} {self._words}{graphs}"
+        self.kind = f"onnxruntime {self._words}{graphs}"
+
+    def _capture(self, window_samples: int) -> None:
         """Sessions that capture, and a window of noise: who wants graphs hears now, not after hours, of none."""
-        noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
         try:
             self._sessions = self._open(capturing=True)
-            self._captured = CapturedRuns(onnxruntime, self._sessions, window_samples)
         except Exception as error:  # ONNX Runtime raises what it likes
-            self._do_without(error)
+            self._do_without(str(error))
+        else:
+            self._grid = self._runs_on_grid(self._sessions)
+            self._tell_names()
+        noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
         for _ in range(2):  # the first time, nobody knows that a shape comes again
-            self.scores(noise, np.array([window_samples]))
+            self._score(noise, np.array([window_samples]), embedded=False)
 
-    def _do_without(self, error: Exception) -> None:
-        """Sessions that do not capture, in place of those that failed to; raises the error where that will not do."""
+    def _do_without(self, reason: str) -> None:
+        """Sessions that do not capture, in place of those that failed to; BackendError where that will not do."""
         if self._graphs_or_none:
-            raise error
-        print(f"aesanet: no CUDA graphs from here on, which is slower: {error}", file=sys.stderr)
-        self._captured = None
+            raise BackendError(f"ONNX Runtime's CUDA graphs failed: {reason}; do without --cuda-graphs")
+        print(f"aesanet: no CUDA graphs from here on, which is slower: {reason}", file=sys.stderr)
+        self._grid = None
+        vars(self).pop("_sessions", None)  # their memory may be what is missing
+        gc.collect()
         self._sessions = self._open()
+        self._grid = self._runs_on_grid(self._sessions)
+        self._tell_names()
 
     def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores of a batch, and embeddings or nothing."""
@@ -108,12 +133,25 @@ class OnnxRuntimeBackend(Backend):
         return scores[:batch], embeddings
 
     def _run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
-        if self._captured is not None:
+        if self._grid is None:
+            return self._sessions.run(waveform, tokens)
+        if self._grid.capturing:
+            reason = None
             try:
-                return self._captured.run(waveform, tokens)
+                return self._grid.run(waveform, tokens)
             except BackendError as error:
-                self._do_without(error)
-        return self._sessions.run(waveform, tokens)
+                reason = str(error)
+            self._do_without(reason)
+        return self._grid.run(waveform, tokens)
+
+
+def _runs_fused(onnxruntime: Any) -> bool:
+    """Whether fused graphs are what they are meant to be: attention in one kernel, with FP32 logits."""
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    try:
+        return version >= _FUSED_FROM and compute_capability() >= _FUSED_CAPABILITY
+    except BackendError:
+        return False
 
 
 def support() -> Support:

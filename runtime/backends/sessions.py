@@ -43,7 +43,7 @@ class Sessions:
         # A provider that cannot start is passed over with no error.
         if device == "cuda" and self.encoder.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("onnxruntime has a CUDA provider, but it did not start; see `aesanet doctor`")
-        self._device = device
+        self.capturing, self._device = capturing, device
         self._options = run_options(onnxruntime, NO_GRAPH) if capturing else None
 
     def run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
