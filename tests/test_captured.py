@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_cuda_provider import CudaProvider
 
+from aesanet.benchmarks import parity
 from aesanet.bundle import read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError
@@ -160,21 +161,30 @@ def test_where_graphs_are_tried_in_vain_kernels_run_one_by_one(provider, tiny_bu
 
 
 @pytest.mark.parametrize("fault", ["invalidated", "stale"])
-def test_where_graphs_are_tried_a_later_failure_costs_speed_and_no_score(provider, tiny_bundle, capsys, fault):
+def test_where_graphs_are_tried_a_later_failure_costs_speed_and_no_score(
+    provider, tiny_bundle, capsys, monkeypatch, fault
+):
     backend = opened(tiny_bundle, cuda_graphs="try")
     assert backend.kind == "onnxruntime cuda fp32 with CUDA graphs"
     old = [weakref.ref(session) for session in provider.sessions]
     provider.sessions.clear()
+    alive, opening = [], provider.InferenceSession
+
+    def open_session(*arguments, **options):
+        alive.append(sum(session() is not None for session in old))
+        return opening(*arguments, **options)
+
+    monkeypatch.setattr(provider, "InferenceSession", open_session)
     provider.fault = fault
     batch = clips(np.random.default_rng(0), [8_000, 3_000])
     first = backend.scores(*batch)
     assert backend.kind == "onnxruntime cuda fp32 with CUDA graphs"
     others = [backend.scores(*batch) for _ in range(3)]
     assert all(np.array_equal(other, first) for other in others)  # in the same shape
+    assert alive == [0, 0, 0]  # their memory may be what is missing
     assert np.allclose(first, opened(tiny_bundle).scores(*batch), atol=2e-5)
     assert backend.kind == backend.name.replace(f" {provider.__version__}", "") == "onnxruntime cuda fp32"
     assert capsys.readouterr().err.count("no CUDA graphs from here on") == 1
-    assert not any(session() for session in old)  # before the others were opened, as memory may be what is missing
 
 
 def test_what_failed_once_fails_from_then_on_where_graphs_are_asked_for(provider, tiny_bundle):
@@ -249,8 +259,21 @@ def test_verify_holds_them_to_the_checkpoint(tiny_bundle, tiny_checkpoint, tmp_p
     assert not told()
 
 
-def test_verify_does_without_where_there_are_none(provider, tiny_bundle, tiny_checkpoint, tmp_path, capsys):
-    provider.fault = "stale"
+@pytest.mark.parametrize("later", [False, True])
+def test_verify_does_without_where_there_are_none(
+    provider, tiny_bundle, tiny_checkpoint, tmp_path, capsys, monkeypatch, later
+):
+    """From the start, or once another shape than a window's is captured."""
+
+    def hold(backend, *others):
+        provider.fault = "stale"
+        return held(backend, *others)
+
+    held = parity.verify
+    if later:
+        monkeypatch.setattr(parity, "verify", hold)
+    else:
+        provider.fault = "stale"
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     command = ["verify", str(bundle), "--checkpoint", str(tiny_checkpoint), "--audio", str(RECORDINGS[0])]
     with pytest.raises(SystemExit) as stopped:

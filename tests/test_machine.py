@@ -50,6 +50,23 @@ def test_a_gpu_without_memory_of_its_own_is_listed(nvidia_smi):
     assert list_gpus() == [Gpu("NVIDIA GB10", "12.1", "580.1", "[N/A]")]
 
 
+@pytest.mark.parametrize(
+    ("rows", "least"),
+    [
+        ("echo 'NVIDIA H200, 9.0, 580.1, 143771'; echo 'NVIDIA L4, 8.9, 580.1, 23034'", 8.9),
+        ("echo 'NVIDIA RTX PRO 6000, 12.0, 580.1, 97887'", 12.0),
+        ("echo 'NVIDIA X, [N/A], 580.1, 1'", 0.0),
+    ],
+)
+def test_where_only_the_driver_tells_the_least_capability_counts(nvidia_smi, monkeypatch, rows, least):
+    def none():
+        raise BackendError("no cuda-python")
+
+    nvidia_smi(rows)
+    monkeypatch.setattr(machine, "load_cuda", none)
+    assert machine.compute_capability() == least
+
+
 def test_clocks_are_of_every_gpu_and_of_the_cores_that_may_be_used(nvidia_smi, monkeypatch):
     nvidia_smi('case "$*" in *=clocks.sm\\ *) echo 1980; echo "[N/A]";; *) exit 1;; esac')
     monkeypatch.setattr(machine, "open", lambda path, **_: io.StringIO(CPUINFO), raising=False)
