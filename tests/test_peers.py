@@ -208,6 +208,7 @@ class Here:
     """A contestant in the test's own process, where it is opened sooner."""
 
     def __init__(self, contestant, work):
+        assert len(work.waveform) == len(work.fbank) == len(work.num_samples) == work.batch
         self.opened = contestant.open(work)
         self.about = self.opened.about
 
