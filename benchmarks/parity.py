@@ -156,7 +156,9 @@ def verify(backend: Backend, manifest: Manifest, reference: Reference) -> tuple[
     try:
         alone, again = (np.concatenate([_score(backend, [window]) for window in windows]) for _ in range(2))
         repeat = np.abs(again - alone).max()
-        moved = [(float(change), float(limits[place])) for place, change in _among_others(backend, windows)]
+        # FP32 itself is as uncertain about a window alone as among others.
+        both = 2 * limits - limit
+        moved = [(float(change), float(both[place])) for place, change in _among_others(backend, windows)]
     except Exception as error:  # engines raise what they like
         raised = f"it cannot score what it is given: {error}"
     axes = {axis: _axis(reference.scores[:, column], alone[:, column], limit) for column, axis in enumerate(AXES)}

@@ -303,10 +303,10 @@ def odd_reference(scores, rounding=0.0):
     [
         ("nothing", 0.0, None),
         ("batch", 0.0, "a window's scores change by 3.0e-02 with what else is in its batch (limit 2.0e-02)"),
-        # As much is allowed as FP32 itself moves a window's scores.
-        ("batch", 0.004, "a window's scores change by 3.0e-02 with what else is in its batch (limit 2.8e-02)"),
-        ("batch", 0.006, None),
-        ("repeat", 0.006, "a window's scores change by 3.0e-02 when it is scored again (limit 2.0e-02)"),
+        # More is allowed by what FP32 itself moves the window's scores, alone and among others.
+        ("batch", 0.002, "a window's scores change by 3.0e-02 with what else is in its batch (limit 2.8e-02)"),
+        ("batch", 0.003, None),
+        ("repeat", 0.003, "a window's scores change by 3.0e-02 when it is scored again (limit 2.0e-02)"),
         ("raise", 0.0, "it cannot score what it is given: no kernel for this batch"),
     ],
 )
