@@ -270,7 +270,7 @@ def test_half_weights_beside_a_graph_change_no_score(weights_beside, half_bundle
 def test_every_layer_agrees_with_weights_beside(weights_beside, tiny_model):
     waveform = np.random.default_rng(0).normal(0, 0.1, 20_000).astype(np.float32)
     found = list(compare_layers(tiny_model, open_files(weights_beside), waveform))
-    assert len(found) == 5
+    assert len(found) == 7
     assert all(layers.first is None for layers in found)
 
 
