@@ -8,7 +8,7 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,11 +51,6 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capabilities: tuple[str, ...]
     parts: dict[str, str]
     plans: dict[GraphName, Plan]
-
-
-def engine_key(parts: Mapping[str, str]) -> str:
-    """The sha256 over all parts, in the order of their names."""
-    return parts_sha256(parts)
 
 
 def short_key(key: str) -> str:
@@ -149,7 +144,7 @@ def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
         engine = msgspec.json.decode(path.read_bytes(), type=Engine)
     except msgspec.MsgspecError as error:
         raise BundleError(f"{path}: {error}; compile the bundle again") from None
-    if engine.key != key or engine_key(engine.parts) != key or tuple(engine.plans) != GRAPH_NAMES:
+    if engine.key != key or parts_sha256(engine.parts) != key or tuple(engine.plans) != GRAPH_NAMES:
         raise BundleError(f"{path}: is not the engine {key}; compile the bundle again")
     for name, plan in engine.plans.items():
         if plan.file != f"{name}.plan":

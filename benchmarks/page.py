@@ -1,6 +1,7 @@
 """HTML pages that need nothing else: their shell, and text that stays text."""
 
 import html
+from collections.abc import Iterable, Sequence
 
 _AXIS_COLOURS = {  # in light and in dark
     "CE": ("#0b6fa4", "#4fb3e8"),
@@ -40,6 +41,13 @@ def page(title: str, body: str, style: str = "") -> str:
         f'<meta name=viewport content="width=device-width"><title>{text(title)}</title><style>{_STYLE}{style}</style>'
     )
     return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML."""
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def text(value: str) -> str:

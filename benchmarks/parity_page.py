@@ -1,13 +1,13 @@
 """What `aesanet verify` found, as one HTML page that needs nothing else: verdicts, tables, plots."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from aesanet.axes import AXES
-from aesanet.benchmarks.page import AXIS_COLOURS, page, text
+from aesanet.benchmarks.page import AXIS_COLOURS, page, table, text
 from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, allowed
 from aesanet.bundle import Fused, Half, Manifest, Parity, Verification
 from aesanet.engines import Engine, short_key
@@ -21,7 +21,7 @@ def parity_page(
     reference: Reference,
     found: Mapping[str, tuple[Verification, np.ndarray | None]],
     layers: Sequence[str],
-    engines: Sequence[Engine] = (),
+    engines: Sequence[Engine],
 ) -> str:
     """The page: `found` has what was measured of each engine and its scores of each window, float64 [windows, 4].
 
@@ -61,7 +61,7 @@ def _exported(manifest: Manifest) -> list[str]:
         if half.fused is not None:
             measured.append(("FP16, fused", "FP32", audio, half.fused))
     rows = [(*told, f"{of.features_relative:.1e}", f"{of.scores_max_abs:.1e}") for *told, of in measured]
-    return ["<h2>Graphs</h2>", _html_table(("graphs", "held to", "on", "features, relative", "scores"), rows)]
+    return ["<h2>Graphs</h2>", table(("graphs", "held to", "on", "features, relative", "scores"), rows)]
 
 
 def _compiled(engine: Engine) -> list[str]:
@@ -72,14 +72,9 @@ def _compiled(engine: Engine) -> list[str]:
         plans.append((name, f"{plan.size_bytes / 2**20:.1f}", f"{plan.build_seconds:.1f}", activations))
     return [
         f"<h2>Engine {short_key(engine.key)}…</h2>",
-        _html_table(("key part", "value"), list(engine.parts.items())),
-        _html_table(("plan", "MiB", "built in, s", "activations, MiB, by profile"), plans),
+        table(("key part", "value"), [(name, text(value)) for name, value in engine.parts.items()]),
+        table(("plan", "MiB", "built in, s", "activations, MiB, by profile"), plans),
     ]
-
-
-def _html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{text(head)}</th>' for head in heads)}</tr>{body}</table>"
 
 
 def _verdict(result: Verification) -> str:
@@ -96,7 +91,7 @@ def _table(result: Verification) -> str:
         rows.append((axis, *differences, _number(p.srcc, ".5f"), _number(p.ktau, ".5f"), str(p.swapped_pairs)))
     heads = ("difference", "largest", "mean", "p99", "SRCC", "KTAU", "pairs in another order")
     return (
-        f"{_html_table(heads, rows)}<p>Among other clips: {_number(result.batch_max_abs, '.1e')} at most. "
+        f"{table(heads, rows)}<p>Among other clips: {_number(result.batch_max_abs, '.1e')} at most. "
         f"Scored again: {_number(result.repeat_max_abs, '.1e')}.</p>"
     )
 

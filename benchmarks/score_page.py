@@ -8,7 +8,7 @@ import numpy as np
 from aesanet import __version__
 from aesanet.axes import AXES, AXIS_NAMES
 from aesanet.benchmarks.charts import histogram, pairs, score_range
-from aesanet.benchmarks.page import page, text
+from aesanet.benchmarks.page import page, table, text
 from aesanet.benchmarks.players import Players
 from aesanet.benchmarks.score_summary import QUANTILES, Summary
 from aesanet.errors import CLIP_ERROR_CODES
@@ -101,7 +101,7 @@ def _distributions(summary: Summary) -> str:
     )
     heads = ["", "mean", "std", *("min" if q == 0 else "max" if q == 1 else f"{q:.0%}" for q in QUANTILES)]
     rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in quantile_rows(summary)]
-    return f"<h2>Distribution</h2><div class=two>{charts}</div><div class=wide>{_table(heads, rows)}</div>"
+    return f"<h2>Distribution</h2><div class=two>{charts}</div><div class=wide>{table(heads, rows)}</div>"
 
 
 def _correlations(summary: Summary) -> str:
@@ -174,9 +174,3 @@ def _errors(summary: Summary) -> str:
     )
     head = "<tr><th>code</th><th>rows</th><th class=left>for instance</th></tr>"
     return f"<h2>Errors</h2><div class=wide><table>{head}{body}</table></div>"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"

@@ -27,10 +27,10 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list
     return numbers
 
 
-def _whole(batches: Sequence[float]) -> Sequence[float]:
+def _whole(batches: Sequence[float]) -> tuple[int, ...]:
     if any(batch != int(batch) for batch in batches):
         raise click.UsageError("--batches are whole numbers of clips")
-    return batches
+    return tuple(map(int, batches))
 
 
 def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
@@ -38,12 +38,12 @@ def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
     from aesanet.benchmarks.latency import Cell
     from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 
-    _whole(batches)
-    if max(batches) * max(seconds) > _MOST_SECONDS:
+    clips = _whole(batches)
+    if max(clips) * max(seconds) > _MOST_SECONDS:
         raise click.UsageError(f"--batches times --seconds are at most {_MOST_SECONDS:,} s of audio")
     if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
         raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
-    return [Cell(int(batch), length) for batch in batches for length in seconds]
+    return [Cell(batch, length) for batch in clips for length in seconds]
 
 
 @click.group()
@@ -245,8 +245,8 @@ def peers(inputs: tuple[str, ...], batches: list[float], threads: int | None, ou
     from aesanet.machine import usable_cores
 
     check_columns(out, PEERS_COLUMNS)
-    sizes = tuple(int(batch) for batch in _whole(batches))
-    for rows in measure_peers(inputs, Plan(threads=threads or usable_cores(), batches=sizes, **plan), note):
+    asked = Plan(threads=threads or usable_cores(), batches=_whole(batches), **plan)
+    for rows in measure_peers(inputs, asked, note):
         append_rows(out, PEERS_COLUMNS, rows)
         _show_peers(rows)
 

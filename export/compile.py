@@ -21,7 +21,6 @@ from aesanet.engines import (
     Engine,
     Flavour,
     Plan,
-    engine_key,
     load_library,
     machine_parts,
     read_engine,
@@ -31,7 +30,7 @@ from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.timing import TimingCache
 from aesanet.export.writer import change_manifest, changing, write_manifest
-from aesanet.hashing import file_sha256
+from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
 _LOG_NAME = "build.log"
@@ -78,7 +77,7 @@ def compile_bundle(
         "level": "the library's own" if settings.level is None else str(settings.level),
         "workspace": "all" if settings.workspace is None else f"{workspace_bytes(settings.workspace)} bytes",
     }
-    key = engine_key(parts)
+    key = parts_sha256(parts)
     if key in manifest.engines:
         try:
             engine = read_engine(bundle, manifest, key)

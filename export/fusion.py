@@ -1,7 +1,7 @@
 """The same network in the operators that ONNX Runtime has fast CUDA kernels for; TensorRT fuses the plain ones itself.
 
 Written out, attention moves its logits through memory again and again, and cuDNN runs the grouped convolution of
-positions without tensor cores (on an H200, 30 of an encoder's 74 ms). Here
+positions without tensor cores (on an H200, some 22 of an encoder's 74 ms). Here
 
 - attention is one MultiHeadAttention, which is given lengths and, in the trunk, the gated position bias. Its logits
   never leave the kernel, and are FP32 there;

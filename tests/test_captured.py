@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_cuda_provider import CudaProvider
 
-from aesanet.benchmarks import parity
+from aesanet.benchmarks import latency, parity
 from aesanet.bundle import read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError
@@ -236,6 +236,21 @@ def test_graphs_are_asked_for_and_another_engine_by_name(provider, tiny_bundle, 
             names += [row["engine"] for row in csv.DictReader(file)]
     name = f"onnxruntime {provider.__version__} cuda fp32"
     assert names == [f"{name} with CUDA graphs", name, f"{name} with CUDA graphs"]
+
+
+def test_a_row_tells_the_engine_that_it_was_measured_on_at_last(provider, tiny_bundle, tmp_path, monkeypatch):
+    def measure(*arguments):
+        provider.fault = "stale"
+        return measured(*arguments)
+
+    measured = latency.measure_latency
+    monkeypatch.setattr(latency, "measure_latency", measure)
+    engine = ["--backend", "onnxruntime", "--device", "cuda", "--precision", "fp32", "--batches", "2", "--seconds", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "latency", str(tiny_bundle), *engine, "--most", "0", "--out", str(tmp_path / "latency.csv")])
+    assert stopped.value.code == 0
+    with open(tmp_path / "latency.csv", newline="") as file:
+        assert [row["engine"] for row in csv.DictReader(file)] == [f"onnxruntime {provider.__version__} cuda fp32"]
 
 
 @pytest.mark.usefixtures("provider")

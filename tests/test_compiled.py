@@ -27,11 +27,11 @@ from aesanet.benchmarks import polygraphy as runners
 from aesanet.benchmarks.latency import compare
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
-from aesanet.engines import ENGINES_FOLDER, MODULES, Engine, Plan, engine_key, machine_parts, read_engine
+from aesanet.engines import ENGINES_FOLDER, MODULES, Engine, Plan, machine_parts, read_engine
 from aesanet.errors import BackendError, EngineMisfitError, InputError
 from aesanet.export.profiles import make_profiles
 from aesanet.export.writer import write_manifest
-from aesanet.hashing import file_sha256
+from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.lengths import num_frames, num_tokens
 from aesanet.machine import cuda_gpu
 from aesanet.runtime.backends import open_exactly
@@ -56,7 +56,7 @@ def compiled(half_bundle, tmp_path, monkeypatch, request):
 
     def add(flavour="tensorrt", capabilities=(), profiles=PROFILES, **changed):
         parts = machine_parts(flavour, trt, capabilities, here) | {"profiles": str(profiles)} | changed
-        key = engine_key(parts)
+        key = parts_sha256(parts)
         folder = bundle / ENGINES_FOLDER / key
         folder.mkdir(parents=True)
         plans = {}

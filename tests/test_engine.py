@@ -25,7 +25,6 @@ from aesanet.benchmarks.parity import not_opened
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.cli.main import main
 from aesanet.engines import (
-    engine_key,
     known_capabilities,
     library_version,
     machine_parts,
@@ -40,7 +39,7 @@ from aesanet.export.compile import choose_flavour, compile_bundle, prune_engines
 from aesanet.export.engine import Settings, build_plan
 from aesanet.export.profiles import make_profiles
 from aesanet.export.writer import new_bundle, write_manifest
-from aesanet.hashing import file_sha256
+from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.machine import Gpu
 from aesanet.runtime.backends import supported_backends
 
@@ -62,7 +61,7 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
     engine, built = compile_bundle(bundle, "rtx", SMALL_TWO)
     assert built
     manifest = read_manifest(bundle)
-    assert list(manifest.engines) == [engine.key] == [engine_key(engine.parts)]
+    assert list(manifest.engines) == [engine.key] == [parts_sha256(engine.parts)]
     assert engine.parts["encoder graph"] == manifest.half.graphs["encoder"].sha256
     assert engine.parts["frontend graph"] == manifest.graphs["frontend"].sha256
     assert re.fullmatch(r"tensorrt_rtx 1\.[\d.]+, CUDA \d+", engine.parts["library"])
@@ -373,8 +372,8 @@ def test_a_bundle_without_half_graphs_says_how_to_get_them(tiny_bundle):
 
 @given(st.dictionaries(st.text(), st.text()), st.dictionaries(st.text(), st.text()))
 def test_keys_are_alike_only_if_all_parts_are(some, others):
-    assert (engine_key(some) == engine_key(others)) == (some == others)
-    assert engine_key(dict(reversed(some.items()))) == engine_key(some)
+    assert (parts_sha256(some) == parts_sha256(others)) == (some == others)
+    assert parts_sha256(dict(reversed(some.items()))) == parts_sha256(some)
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -217,9 +217,10 @@ def test_engines_are_told_apart_by_their_graphs(half_bundle):
     ("version", "capability", "fused"),
     [
         ("1.31.1", 9.0, True),
-        ("1.32.0", 10.0, True),
+        ("1.32.0", 9.0, True),
         ("2.0.0", 9.0, True),
         ("1.31.1", 8.9, False),
+        ("1.32.0", 12.0, False),
         ("1.30.2", 9.0, False),
     ],
 )

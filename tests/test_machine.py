@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +67,14 @@ def test_where_only_the_driver_tells_the_least_capability_counts(nvidia_smi, mon
     nvidia_smi(rows)
     monkeypatch.setattr(machine, "load_cuda", none)
     assert machine.compute_capability() == least
+
+
+def test_a_part_that_scripts_gpu_does_not_have_is_refused(tmp_path):
+    command = [Path(__file__).parents[1] / "scripts" / "gpu", tmp_path / "out", "test"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "no part test; there are bundle, verify, " in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_clocks_are_of_every_gpu_and_of_the_cores_that_may_be_used(nvidia_smi, monkeypatch):

@@ -316,6 +316,14 @@ def test_scores_that_depend_on_company_or_chance_fail(wrong, rounding, told):
     assert (told in found.failures) if told else (found.failures == ())
 
 
+def test_the_page_does_without_an_engine_that_is_damaged(half_bundle, tiny_checkpoint, tmp_path, capsys):
+    bundle, page = shutil.copytree(half_bundle, tmp_path / "b"), tmp_path / "page.html"
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), engines={"0" * 64: "1" * 64}))
+    assert check(bundle, tiny_checkpoint, "--html", page, "--backend", "openvino", "--audio", RECORDINGS[0]) == 0
+    assert "left out of the page: " in capsys.readouterr().err
+    assert "<h2>Graphs</h2>" in page.read_text()
+
+
 def test_scores_that_are_no_numbers_fail_and_can_be_kept_and_shown(half_bundle):
     scores = np.random.default_rng(0).uniform(0, 10, (6, 4))
     broken = scores.copy()
@@ -328,7 +336,7 @@ def test_scores_that_are_no_numbers_fail_and_can_be_kept_and_shown(half_bundle):
     assert found.axes["CU"].max_abs is None
     assert found.axes["CE"].max_abs < 1e-6
     assert msgspec.json.decode(msgspec.json.encode(found), type=Verification) == found
-    page = parity_page("b", read_manifest(half_bundle), reference, {"odd": (found, broken)}, ())
+    page = parity_page("b", read_manifest(half_bundle), reference, {"odd": (found, broken)}, (), ())
     assert "<td>none</td>" in page
 
 

@@ -26,9 +26,9 @@ from aesanet.runtime.backends.captured import GridRuns
 from aesanet.runtime.backends.sessions import Sessions
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
-# Where fused graphs were seen to run, with attention by cuDNN. Elsewhere ONNX Runtime would write out half logits.
+# Where fused graphs were seen to run (an H200), with attention by cuDNN. Others may write out half logits.
 _FUSED_FROM: Final = (1, 31)
-_FUSED_CAPABILITY: Final = 9.0
+_FUSED_CAPABILITY: Final = 9
 
 _Found = TypeVar("_Found")
 
@@ -52,25 +52,17 @@ class OnnxRuntimeBackend(Backend):
             paths |= files.fused if fused else files.fp16
             words += " fused" if fused else ""
         self.precision: Precision = precision
-        self._words = words
-        self._version = onnxruntime.__version__
+        self._onnxruntime, self._device, self._words = onnxruntime, device, words
         self._open = partial(Sessions, onnxruntime, paths, device, options.threads)
-        self._runs_on_grid = partial(
-            GridRuns,
-            onnxruntime,
-            window_samples=files.manifest.window.window_samples,
-            precision=precision,
-        )
-        self._device = device
-        self._graphs_or_none = options.cuda_graphs is True
+        self._window_samples = files.manifest.window.window_samples
+        self._must_capture = options.cuda_graphs is True
         self._grid: GridRuns | None = None
         self._owner: ThreadPoolExecutor | None = None
         if device == "cuda" and options.cuda_graphs:
             self._owner = ThreadPoolExecutor(1)
-            self._in_turn(self._capture, files.manifest.window.window_samples)
+            self._in_turn(self._try)
         else:
-            self._sessions = self._open()
-            self._tell_names()
+            self._begin(capturing=False)
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -93,35 +85,34 @@ class OnnxRuntimeBackend(Backend):
         """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""
         return work(*given) if self._owner is None else self._owner.submit(work, *given).result()
 
-    def _tell_names(self) -> None:
-        graphs = " with CUDA graphs" if self._grid is not None and self._grid.capturing else ""
-        self.name = f"onnxruntime {self._version} {self._words}{graphs}"
+    def _begin(self, capturing: bool) -> None:
+        """Open sessions; where graphs are wanted, batches are in shapes of the grid, also if there are none."""
+        self._sessions = self._open(capturing=capturing)
+        if self._owner is not None:
+            self._grid = GridRuns(self._onnxruntime, self._sessions, self._window_samples, self.precision)
+        graphs = " with CUDA graphs" if capturing else ""
+        self.name = f"onnxruntime {self._onnxruntime.__version__} {self._words}{graphs}"
         self.kind = f"onnxruntime {self._words}{graphs}"
 
-    def _capture(self, window_samples: int) -> None:
-        """Sessions that capture, and a window of noise: who wants graphs hears now, not after hours, of none."""
+    def _try(self) -> None:
+        """Capture a window of noise: who wants graphs hears now, and not after hours, that there are none."""
         try:
-            self._sessions = self._open(capturing=True)
+            self._begin(capturing=True)
         except Exception as error:  # ONNX Runtime raises what it likes
             self._do_without(str(error))
-        else:
-            self._grid = self._runs_on_grid(self._sessions)
-            self._tell_names()
-        noise = np.random.default_rng(0).normal(0, 0.1, (1, window_samples)).astype(np.float32)
+        noise = np.random.default_rng(0).normal(0, 0.1, (1, self._window_samples)).astype(np.float32)
         for _ in range(2):  # the first time, nobody knows that a shape comes again
-            self._score(noise, np.array([window_samples]), embedded=False)
+            self._score(noise, np.array([self._window_samples]), embedded=False)
 
     def _do_without(self, reason: str) -> None:
         """Sessions that do not capture, in place of those that failed to; BackendError where that will not do."""
-        if self._graphs_or_none:
+        if self._must_capture:
             raise BackendError(f"ONNX Runtime's CUDA graphs failed: {reason}; do without --cuda-graphs")
         print(f"aesanet: no CUDA graphs from here on, which is slower: {reason}", file=sys.stderr)
         self._grid = None
         vars(self).pop("_sessions", None)  # their memory may be what is missing
         gc.collect()
-        self._sessions = self._open()
-        self._grid = self._runs_on_grid(self._sessions)
-        self._tell_names()
+        self._begin(capturing=False)
 
     def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scores of a batch, and embeddings or nothing."""
@@ -149,7 +140,7 @@ def _runs_fused(onnxruntime: Any) -> bool:
     """Whether fused graphs are what they are meant to be: attention in one kernel, with FP32 logits."""
     version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     try:
-        return version >= _FUSED_FROM and compute_capability() >= _FUSED_CAPABILITY
+        return version >= _FUSED_FROM and int(compute_capability()) == _FUSED_CAPABILITY
     except BackendError:
         return False
 
