@@ -73,6 +73,7 @@ def _compiled(engine: Engine) -> list[str]:
     return [
         f"<h2>Engine {short_key(engine.key)}…</h2>",
         table(("key part", "value"), [(name, text(value)) for name, value in engine.parts.items()]),
+        "<p>Its plans:</p>",
         table(("plan", "MiB", "built in, s", "activations, MiB, by profile"), plans),
     ]
 
