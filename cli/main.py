@@ -11,6 +11,7 @@ import click
 from aesanet import __version__
 from aesanet.cli.notes import EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED, note
 from aesanet.errors import AesanetError
+from aesanet.interrupts import interrupt_on_sigterm
 
 _COMMANDS = {
     "export": ("export", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
@@ -51,7 +52,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Perceptual audio scores from an exported AESA-Net.
 
-    Exit status: 0 all rows were scored, 1 some rows failed, 2 the command could not run, 130 interrupted.
+    Exit status: 0 all rows were scored, 1 some rows failed, 2 the command could not run, 130 interrupted (Ctrl-C or
+    SIGTERM).
     """
 
 
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
     logging.basicConfig(format="aesanet: %(message)s")
+    interrupt_on_sigterm()
     try:
         sys.exit(cli.main(args=arguments, prog_name="aesanet", standalone_mode=False) or 0)
     except click.ClickException as error:

@@ -1,12 +1,10 @@
 """`aesanet score`: rows of audio in, rows of scores out."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +13,7 @@ from aesanet import __version__
 from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.cli.options import FiniteRange, engine_options
 from aesanet.errors import InputError
+from aesanet.interrupts import on_interrupt
 
 if TYPE_CHECKING:
     from aesanet.runtime.decode import ChannelPolicy
@@ -187,10 +186,10 @@ def _checked(scorer: "Scorer") -> str | None:
 
 @contextmanager
 def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Let the rows in hand be finished when Ctrl-C is pressed; yields a function that tells whether it was."""
+    """Let the rows in hand be finished on Ctrl-C or SIGTERM; yields a function that tells whether there was one."""
     pressed = False
 
-    def press(signum: int, frame: FrameType | None) -> None:
+    def press() -> None:
         nonlocal pressed
         if pressed:
             os._exit(EXIT_INTERRUPTED)  # any instant is one to go on from, and locks may be held here
@@ -199,10 +198,5 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         with suppress(OSError):  # and not by `note`, as the signal may have come in the middle of one
             os.write(2, b"aesanet: finishing the rows in hand; Ctrl-C once more stops at once\n")
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as a shell has it for what runs in the background
-        signal.signal(signal.SIGINT, press)
-    try:
+    with on_interrupt(press):
         yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

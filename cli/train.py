@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +15,7 @@ from aesanet.axes import AXES
 from aesanet.cli.notes import EXIT_INTERRUPTED, extra, note
 from aesanet.cli.options import Finite, FiniteRange
 from aesanet.errors import InputError
+from aesanet.interrupts import on_interrupt
 
 if TYPE_CHECKING:
     from aesanet.models.aesanet import AESANet
@@ -280,7 +279,7 @@ def _interrupts(processes: "Processes", progress: "Progress") -> Iterator[Callab
     """Let the step in hand be finished on Ctrl-C or SIGTERM; yields a function that tells whether there was one."""
     pressed = False
 
-    def press(signum: int, frame: FrameType | None) -> None:
+    def press() -> None:
         nonlocal pressed
         # torchrun hands one Ctrl-C on to processes that had it from the terminal already, and ends them itself if
         # they take long.
@@ -291,12 +290,8 @@ def _interrupts(processes: "Processes", progress: "Progress") -> Iterator[Callab
             progress.note(f"finishing the step in hand{once_more}")
         pressed = True
 
-    before = {kind: signal.signal(kind, press) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_interrupt(press):
         yield lambda: pressed
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _tell_end(result: "TrainingResult", out: Path, beats: Path | None, progress: "Progress") -> None:

@@ -4,14 +4,11 @@ What only one has is looked up and not assumed: RTX builds for GPUs that are not
 """
 
 import re
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +18,7 @@ from aesanet.engines import known_capabilities, library_logger
 from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
 from aesanet.export.timing import TimingCache
+from aesanet.interrupts import on_interrupt
 
 RECIPE: Final = 2
 """A part of every engine's key: to be raised when `build_plan` builds otherwise than before."""
@@ -171,23 +169,15 @@ def _logger(trt: Any, log: list[str]) -> Any:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Keep Ctrl-C until the block ends, as the library drops exceptions; yields a function that tells of it."""
+    """Keep Ctrl-C and SIGTERM until the block ends, as the library drops exceptions; yields what tells of them."""
     pressed = False
 
-    def press(signum: int, frame: FrameType | None) -> None:
+    def press() -> None:
         nonlocal pressed
         pressed = True
 
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    if not here or before is not signal.default_int_handler:  # somebody else's affair
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, press)
-    try:
+    with on_interrupt(press):
         yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
 

@@ -157,6 +157,20 @@ def test_an_interrupt_keeps_the_rows_and_says_so(tiny_bundle, audio, tmp_path):
     assert "--resume" in err
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(kind, tiny_checkpoint, tmp_path):
+    command = [*COMMAND, "export", tiny_checkpoint, "--out", tmp_path / "new.bundle"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while "exporting encoder" not in (line := running.stderr.readline()):
+        assert line
+    assert list(tmp_path.iterdir())  # what is written beside where it goes
+    running.send_signal(kind)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line(tiny_bundle, audio):
     _, err = aesanet("score", tiny_bundle, audio, "--out", "/dev/full", "--overwrite", status=2)
     assert "/dev/full: No space left on device after 0 rows" in err

@@ -301,26 +301,30 @@ import os, signal, sys
 from aesanet.export import engine
 from aesanet.export.compile import compile_bundle
 from aesanet.export.profiles import make_profiles
+from aesanet.interrupts import interrupt_on_sigterm
 
 engine._SECONDS_BETWEEN_NEWS = 0.0
 
 def progress(news):
     print(news, flush=True)
     if news.startswith("frontend.onnx: "):  # as TensorRT calls back
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
+interrupt_on_sigterm()
+number = signal.Signals[sys.argv[2]]
 try:
     compile_bundle(sys.argv[1], "rtx", engine.Settings(make_profiles([(1.0, 2)])), progress)
 except KeyboardInterrupt:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is signal.default_int_handler
     sys.exit(130)
 """
 
 
-def test_ctrl_c_ends_a_compile_at_once(bundle):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_ends_a_compile_at_once(name, bundle):
     """TensorRT drops exceptions of what it calls back, and would go on to the end."""
     reset = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    command = [sys.executable, "-c", INTERRUPTED, str(bundle)]
+    command = [sys.executable, "-c", INTERRUPTED, str(bundle), name]
     found = subprocess.run(command, capture_output=True, text=True, preexec_fn=reset)
     assert found.returncode == 130, found.stderr
     assert "Exception caught" not in found.stderr

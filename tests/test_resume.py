@@ -165,10 +165,11 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes(
     measured[f"kill -9 {' '.join(options)}"] = told
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(tiny_bundle, manifest, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on_and_does(kind, tiny_bundle, manifest, tmp_path):
     finished(tiny_bundle, manifest, tmp_path / "whole.jsonl")
     out = tmp_path / "rows.jsonl"
-    err = stopped(signal.SIGINT, 130, tiny_bundle, manifest, out)
+    err = stopped(kind, 130, tiny_bundle, manifest, out)
     rows = out.read_bytes().splitlines()
     assert f"interrupted after {len(rows)} rows of {len(manifest.read_text().splitlines())}" in err
     assert "--resume" in err

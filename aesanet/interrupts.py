@@ -1,0 +1,38 @@
+"""Ctrl-C, and SIGTERM, with which schedulers, containers and `timeout` end a process: the same to every command."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Final
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+def interrupt_on_sigterm() -> None:
+    """Have SIGTERM raise KeyboardInterrupt, too, so that temporary files go; where nobody else has a use for it."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextmanager
+def on_interrupt(press: Callable[[], None]) -> Iterator[None]:
+    """Call `press` in the main thread whenever one of both would raise KeyboardInterrupt, until the block ends.
+
+    Signals that are ignored, as Ctrl-C is in the background of a shell, or that somebody else handles are left alone.
+    """
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        press()
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():  # which alone may ask for signals, and gets them
+        ours = [number for number in _SIGNALS if signal.getsignal(number) is signal.default_int_handler]
+    for number in ours:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.default_int_handler)
