@@ -4,8 +4,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from aesanet.hashing import parts_sha256
+
+_CACHED_FILES: Final = 32  # of a kind: one for each engine and GPU, or GPU and version, that is still in use
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 class CacheFile:
     """A file in the user's cache folder (`XDG_CACHE_HOME` or `~/.cache`), one for all that its content depends on.
 
-    What cannot be read or written only costs the time to make it again.
+    What cannot be read or written only costs the time to make it again. Of files of one name the 32 last used are kept.
 
     name  : what the file begins with
     parts : what its content depends on, in words
@@ -46,12 +49,16 @@ class CacheFile:
         base = os.environ.get("XDG_CACHE_HOME", "")
         if not os.path.isabs(base):  # as its standard says
             base = os.path.expanduser("~/.cache")
+        self._name = name
         self.path = Path(base, "aesanet", f"{name}-{number}.cache")
 
     def read(self) -> bytes:
         """What was written last, or nothing."""
         with suppress(OSError):
-            return self.path.read_bytes()
+            content = self.path.read_bytes()
+            with suppress(OSError):
+                os.utime(self.path)  # used now
+            return content
         return b""
 
     def write(self, content: bytes) -> None:
@@ -62,3 +69,6 @@ class CacheFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as beside:
                 beside.write_bytes(content)
+            files = sorted(self.path.parent.glob(f"{self._name}-*.cache"), key=lambda file: file.stat().st_mtime)
+            for unused in files[:-_CACHED_FILES]:
+                unused.unlink(missing_ok=True)

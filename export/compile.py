@@ -93,6 +93,8 @@ def compile_bundle(
     log_of_failure = bundle / ENGINES_FOLDER / _LOG_NAME
     finished = False
     try:
+        with tempfile.TemporaryFile(dir=bundle):  # where the manifest goes: what cannot be written is known now
+            pass
         (bundle / ENGINES_FOLDER).mkdir(exist_ok=True)
         _sweep(bundle / ENGINES_FOLDER)
         with tempfile.TemporaryDirectory(prefix=f".{key[:8]}.", dir=bundle / ENGINES_FOLDER) as temporary:

@@ -270,6 +270,18 @@ def test_a_full_disk_is_one_error_and_leaves_the_bundle_as_it_was(bundle, monkey
     assert [path.name for path in (bundle / "engines").iterdir()] == [engine.key]
 
 
+def test_a_manifest_that_cannot_be_written_is_known_before_anything_is_built(bundle, monkeypatch):
+    def read_only(dir):
+        assert dir == bundle
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    during_a_build(monkeypatch, lambda: pytest.fail("it was built"))
+    with pytest.raises(CompileError, match="the engine cannot be written: Read-only file system"):
+        compile_bundle(bundle, "rtx", SMALL)
+    assert read_manifest(bundle).engines == {}
+
+
 def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, clips, tmp_path, monkeypatch):
     monkeypatch.setattr(half_room, "_LOGITS", ({"encoder": "fp32", "head": "fp16"},))
     out = tmp_path / "b"

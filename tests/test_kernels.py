@@ -4,6 +4,7 @@ TensorRT-RTX itself runs on RTX GPUs alone: here stands what keeps its rules (se
 """
 
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -94,9 +95,24 @@ def test_a_file_that_is_refused_is_written_anew(opened, file, content):
 
 def test_nothing_is_written_where_nothing_was_made(opened, file):
     made(opened, LateKernels(file=file), 9_000)
-    before = file.path.stat()
+    before = file.path.stat().st_ino
     made(opened, LateKernels(file=file), 9_000)
-    assert (file.path.stat().st_ino, file.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert file.path.stat().st_ino == before
+
+
+def test_the_files_last_used_are_kept(file, monkeypatch):
+    monkeypatch.setattr("aesanet.files._CACHED_FILES", 3)
+    timing = CacheFile("timing", {})
+    timing.write(b"of another kind")
+    engines = [CacheFile("kernels", {"engine": name}) for name in "abcde"]
+    for age, engine in enumerate(engines[:3]):
+        engine.write(b"kernels")
+        os.utime(engine.path, (age, age))
+    assert engines[0].read() == b"kernels"  # in use
+    for engine in engines[3:]:
+        engine.write(b"kernels")
+    assert [bool(engine.read()) for engine in engines] == [True, False, False, True, True]
+    assert timing.read() == b"of another kind"
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(opened, tmp_path, monkeypatch):
