@@ -19,6 +19,8 @@ HALF_GRAPH_NAMES: Final[tuple[GraphName, ...]] = ("encoder", "head")
 """The front end has no FP16 graph: half precision moves log-mel by whole units."""
 
 GraphPrecision = Literal["fp32", "fp16"]
+GraphForm = Literal["fp32", "fp16", "fused"]
+"""As which engines take a bundle's graphs; a graph that a form has none of is the FP32 one."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,11 +187,20 @@ def graphs_used(manifest: Manifest, kind: str) -> dict[GraphName, str]:
 
     kind : of the engine, as its backend says it, such as "onnxruntime cuda fp16 fused"
     """
-    half: dict[GraphName, GraphSpec] = {}
-    if manifest.half and "fp16" in kind.split():
-        fused = manifest.half.fused if "fused" in kind.split() else None
-        half = (fused or manifest.half).graphs
-    return {name: half.get(name, spec).sha256 for name, spec in manifest.graphs.items()}
+    words = kind.split()
+    form: GraphForm = "fp32" if "fp16" not in words else "fused" if "fused" in words else "fp16"
+    return {name: spec.sha256 for name, spec in graph_specs(manifest, form).items()}
+
+
+def graph_specs(manifest: Manifest, form: GraphForm) -> dict[GraphName, GraphSpec]:
+    """The three graphs in a form; raises BundleError where there are none."""
+    if form == "fp32":
+        return manifest.graphs
+    half = manifest.half
+    own = half.fused if half is not None and form == "fused" else half
+    if own is None:
+        raise BundleError(f"the bundle has no {form} graphs; export the checkpoint again with --fp16")
+    return manifest.graphs | own.graphs
 
 
 def read_manifest(bundle: str | Path) -> Manifest:

@@ -30,9 +30,10 @@ def compare_layers(model: AESANet, files: BundleFiles, waveform: np.ndarray) -> 
         "encoder": {"fbank": fbank, "num_tokens": tokens},
         "head": {"features": features, "num_tokens": tokens},
     }
+    graphs = {form: files.graphs(form) for form in files.forms}
     for name, given in inputs.items():
         arrays = {key: value.numpy() for key, value in given.items()}
-        graph = onnx.load(files.fp32[name])
+        graph = onnx.load(graphs["fp32"][name])
         full = run_all(graph, arrays)
         modules = _outputs_of_modules(getattr(model, name), list(given.values()))
         ends = _tensors_of_modules(graph)
@@ -42,9 +43,9 @@ def compare_layers(model: AESANet, files: BundleFiles, waveform: np.ndarray) -> 
             if module in modules and tensor in full and full[tensor].shape == modules[module].shape
         }
         yield compared(name, "fp32", pairs)
-        for what, half in ((name, files.fp16), (f"fused {name}", files.fused)):
-            if name in half:
-                yield compare_half(what, graph, ir.load(half[name]), arrays)
+        for form in files.forms:
+            if (half := graphs[form][name]) != graphs["fp32"][name]:
+                yield compare_half(f"fused {name}" if form == "fused" else name, graph, ir.load(half), arrays)
 
 
 def _tensors_of_modules(graph: onnx.ModelProto) -> dict[str, str]:

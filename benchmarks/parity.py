@@ -313,7 +313,7 @@ class RoundedHalf(Backend):
 
     def __init__(self, files: BundleFiles) -> None:
         self.name = f"onnxruntime {onnxruntime.__version__} cpu fp16, every half tensor rounded"
-        graphs = {**files.fp32, **files.fp16}
+        graphs = files.graphs("fp16")
         self._sessions = [session_as_written(ir.load(graphs[name])) for name in GRAPH_NAMES]
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

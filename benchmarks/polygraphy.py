@@ -17,8 +17,8 @@ from aesanet.bundle import GRAPH_NAMES, GraphName
 from aesanet.lengths import num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
 from aesanet.models.checkpoint import load_checkpoint
+from aesanet.runtime.backends.base import BundleFiles
 from aesanet.runtime.backends.tensorrt import engine_profiles, first_that_runs
-from aesanet.runtime.scorer import open_files
 from aesanet.runtime.shapes import choose_profile
 
 
@@ -33,14 +33,14 @@ def open_onnxruntime(work: Work) -> Opened:
     def runner(path: Path) -> Any:
         return OnnxrtRunner(partial(onnxruntime.InferenceSession, path, options, providers=["CPUExecutionProvider"]))
 
-    files = open_files(work.bundle)
-    runners = {name: runner(files.fp32[name]) for name in GRAPH_NAMES}
+    graphs = BundleFiles.open(work.bundle).graphs("fp32")
+    runners = {name: runner(graphs[name]) for name in GRAPH_NAMES}
     return _opened(runners, versions("polygraphy", "onnxruntime"), work)
 
 
 def open_tensorrt(work: Work) -> Opened:
     """The last compiled of the bundle's engines that fits this GPU; memory for the shapes that are run and no more."""
-    files = open_files(work.bundle)
+    files = BundleFiles.open(work.bundle)
     trt, plans = first_that_runs(files, cuda_gpu(load_cuda()), lambda key, trt, plans: (trt, plans))
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(trt.__name__ == "tensorrt_rtx"))
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner

@@ -68,11 +68,13 @@ def verify(
         from aesanet.benchmarks.parity import verify as hold
         from aesanet.models.checkpoint import load_checkpoint
     from aesanet.models import demo
+    from aesanet.runtime.backends.base import BundleFiles
     from aesanet.runtime.inputs import read_rows
-    from aesanet.runtime.scorer import open_files
 
     check_asked(bundle, backend, html)
-    files = open_files(bundle)
+    files = BundleFiles.open(bundle)
+    for form in files.forms:
+        files.graphs(form)  # what is damaged is told before anything is scored
     manifest = files.manifest
     _check_source(bundle, manifest, checkpoint, beats)
     note(f"loading {checkpoint}")
@@ -210,7 +212,7 @@ def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[str, Precisi
             if name == "onnxruntime" and device == "cuda":
                 options = EngineOptions(device, precision, cuda_graphs="try")
                 yield f"{kind} with CUDA graphs", precision, partial(open_exactly, files, name, options)
-        if name == "onnxruntime" and support.runs and files.fp16:
+        if name == "onnxruntime" and support.runs and "fp16" in files.forms:
             yield RoundedHalf.kind, RoundedHalf.precision, partial(RoundedHalf, files)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 import numpy as np
 
 from aesanet.axes import AXES
-from aesanet.bundle import GraphName, GraphSpec, Manifest, graph_file, read_manifest
+from aesanet.bundle import Manifest
 from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
@@ -67,7 +67,7 @@ class Scorer:
         cuda_graphs: CudaGraphs = None,
         specialize: Specialize = "lazy",
     ) -> "Scorer":
-        """Open a bundle folder on the fastest engine that fits; every file's hash is checked first.
+        """Open a bundle folder on the fastest engine that fits; the hash of each file that it takes is checked first.
 
         cuda_graphs : on a GPU, launch what comes again as a whole. By default TensorRT does, and ONNX Runtime does not,
                       as nobody else in the process may take memory of the GPU while it captures. True is an error
@@ -77,7 +77,7 @@ class Scorer:
 
         Raises BundleError (a damaged bundle) or BackendError (no such engine here).
         """
-        files = open_files(bundle)
+        files = BundleFiles.open(bundle)
         engine, reason = open_backend(files, backend, device, precision, threads, cuda_graphs, specialize)
         return cls(files.manifest, engine, reason)
 
@@ -194,23 +194,6 @@ def output_row(row: Row, outcome: Scored | ClipError, per_window: bool = False) 
     if outcome.embedding is not None:
         found["embedding"] = [float(f"{value:.6g}") for value in outcome.embedding]
     return scored_row(row, found)
-
-
-def open_files(bundle: str | Path) -> BundleFiles:
-    """A bundle's manifest and graphs, each file's hash checked; raises BundleError."""
-    manifest = read_manifest(bundle)
-
-    def checked(specs: Mapping[GraphName, GraphSpec]) -> dict[GraphName, Path]:
-        return {name: graph_file(bundle, spec) for name, spec in specs.items()}
-
-    half = manifest.half
-    return BundleFiles(
-        Path(bundle),
-        manifest,
-        fp32=checked(manifest.graphs),
-        fp16=checked(half.graphs) if half else {},
-        fused=checked(half.fused.graphs) if half and half.fused else {},
-    )
 
 
 def _by_axis(scores: np.ndarray) -> dict[str, float]:

@@ -22,8 +22,8 @@ from aesanet.cli.main import main
 from aesanet.errors import BackendError
 from aesanet.lengths import MIN_SAMPLES, num_frames, num_tokens
 from aesanet.runtime.backends import captured, onnxruntime, open_exactly
-from aesanet.runtime.backends.base import EngineOptions
-from aesanet.runtime.scorer import Scorer, open_files
+from aesanet.runtime.backends.base import BundleFiles, EngineOptions
+from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch
 
 REAL = ("cuda", "fp32") in onnxruntime.support().runs
@@ -60,7 +60,7 @@ def bundle(request, tiny_bundle):
 
 
 def opened(bundle, **options):
-    return open_exactly(open_files(bundle), "onnxruntime", EngineOptions("cuda", "fp32", **options))
+    return open_exactly(BundleFiles.open(bundle), "onnxruntime", EngineOptions("cuda", "fp32", **options))
 
 
 def clips(rng, lengths):

@@ -36,9 +36,9 @@ from aesanet.lengths import num_frames, num_tokens
 from aesanet.machine import cuda_gpu
 from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends import tensorrt as room
-from aesanet.runtime.backends.base import EngineOptions
+from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.tensorrt import open_tensorrt, support
-from aesanet.runtime.scorer import Scorer, open_files
+from aesanet.runtime.scorer import Scorer
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
 
@@ -180,7 +180,7 @@ def test_an_engine_for_another_machine_is_refused_with_what_mends_it(compiled, c
     bundle, add = compiled
     key = add(**changed)
     with pytest.raises(EngineMisfitError if "profiles" not in changed else BackendError):
-        open_exactly(open_files(bundle), "tensorrt", EngineOptions("cuda", "fp16"))
+        open_exactly(BundleFiles.open(bundle), "tensorrt", EngineOptions("cuda", "fp16"))
     with pytest.raises(BackendError) as refused:
         Scorer.open(bundle, backend="tensorrt")
     assert f"engine {key[:16]}: {told}" in str(refused.value)
@@ -256,7 +256,7 @@ def test_a_machine_without_a_gpu_says_what_is_missing(compiled, monkeypatch):
     bundle, add = compiled
     add()
     with pytest.raises(BackendError, match="cuda"):
-        open_tensorrt(open_files(bundle), EngineOptions("cuda", "fp16"))
+        open_tensorrt(BundleFiles.open(bundle), EngineOptions("cuda", "fp16"))
     with pytest.raises(BackendError, match=r"tensorrt: .*(not installed|cannot run: )"):
         Scorer.open(bundle, backend="tensorrt")
 

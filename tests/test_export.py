@@ -28,9 +28,9 @@ from aesanet.lengths import WindowPolicy, num_tokens
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.models.config import AESANetConfig
-from aesanet.runtime.backends.base import EngineOptions
+from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from aesanet.runtime.scorer import Scorer, open_files
+from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import pad_batch
 
 
@@ -247,15 +247,15 @@ def test_every_weight_is_in_the_one_file_or_the_other(weights_beside, half_bundl
 @pytest.mark.parametrize("graph", ["frontend", "encoder", "head", "encoder.fp16", "head.fp16"])
 def test_changed_or_missing_weights_are_refused(weights_beside, tmp_path, graph):
     bundle = shutil.copytree(weights_beside, tmp_path / "b")
-    weights = bundle / f"{graph}.weights"
+    weights, form = bundle / f"{graph}.weights", "fp16" if "fp16" in graph else "fp32"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with pytest.raises(BundleError, match=rf"{graph}\.onnx with .*{graph}\.weights: sha256 is"):
-        Scorer.open(bundle)
+        BundleFiles.open(bundle).graphs(form)
     weights.unlink()
     with pytest.raises(BundleError, match=rf"{graph}\.weights: no such file in the bundle; export"):
-        Scorer.open(bundle)
+        BundleFiles.open(bundle).graphs(form)
 
 
 def test_half_weights_beside_a_graph_change_no_score(weights_beside, half_bundle):
@@ -263,13 +263,15 @@ def test_half_weights_beside_a_graph_change_no_score(weights_beside, half_bundle
     rng = np.random.default_rng(0)
     waveform, num_samples = pad_batch([rng.normal(0, 0.1, count).astype(np.float32) for count in (9_000, 20_000)])
     for engine in (lambda files: OnnxRuntimeBackend(files, EngineOptions("cpu", "fp16")), RoundedHalf):
-        ours, theirs = (engine(open_files(b)).scores(waveform, num_samples) for b in (weights_beside, half_bundle))
+        ours, theirs = (
+            engine(BundleFiles.open(b)).scores(waveform, num_samples) for b in (weights_beside, half_bundle)
+        )
         assert np.array_equal(ours, theirs)
 
 
 def test_every_layer_agrees_with_weights_beside(weights_beside, tiny_model):
     waveform = np.random.default_rng(0).normal(0, 0.1, 20_000).astype(np.float32)
-    found = list(compare_layers(tiny_model, open_files(weights_beside), waveform))
+    found = list(compare_layers(tiny_model, BundleFiles.open(weights_beside), waveform))
     assert len(found) == 7
     assert all(layers.first is None for layers in found)
 

@@ -28,8 +28,7 @@ from aesanet.hashing import file_sha256
 from aesanet.lengths import MEL_BINS
 from aesanet.runtime.backends import onnxruntime as onnxruntime_backend
 from aesanet.runtime.backends import open_exactly
-from aesanet.runtime.backends.base import EngineOptions
-from aesanet.runtime.scorer import open_files
+from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 
 
 def fused(path):
@@ -231,7 +230,7 @@ def test_fused_graphs_run_where_they_are_known_to_be_fast_and_exact(
     provider.__version__ = version
     monkeypatch.setitem(sys.modules, "onnxruntime", provider)
     monkeypatch.setattr(onnxruntime_backend, "compute_capability", lambda: capability)
-    files = open_files(half_bundle)
+    files = BundleFiles.open(half_bundle)
     backend = open_exactly(files, "onnxruntime", EngineOptions("cuda", "fp16"))
     assert backend.kind == f"onnxruntime cuda fp16{' fused' if fused else ''}"
     names = [Path(session.path).name for session in provider.sessions]
@@ -246,7 +245,7 @@ def test_a_bundle_without_fused_graphs_runs_the_plain_ones(half_bundle, tmp_path
     provider = CudaProvider()
     monkeypatch.setitem(sys.modules, "onnxruntime", provider)
     monkeypatch.setattr(onnxruntime_backend, "compute_capability", lambda: 9.0)
-    backend = open_exactly(open_files(bundle), "onnxruntime", EngineOptions("cuda", "fp16"))
+    backend = open_exactly(BundleFiles.open(bundle), "onnxruntime", EngineOptions("cuda", "fp16"))
     assert backend.kind == "onnxruntime cuda fp16"
 
 
@@ -276,7 +275,7 @@ def test_a_damaged_fused_graph_is_refused(half_bundle, tmp_path):
     with open(bundle / "head.fused.onnx", "ab") as file:
         file.write(b"\0")
     with pytest.raises(BundleError, match=r"head\.fused\.onnx: sha256 is"):
-        open_files(bundle)
+        BundleFiles.open(bundle).graphs("fused")
 
 
 def test_a_graph_of_another_shape_is_refused(tiny_bundle):

@@ -275,7 +275,8 @@ def test_a_changed_half_graph_is_refused(half_bundle, tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"head\.fp16\.onnx: sha256 is"):
-        Scorer.open(tmp_path / "b")
+        BundleFiles.open(tmp_path / "b").graphs("fp16")
+    assert Scorer.open(tmp_path / "b").backend.precision != "fp16"  # which does not take it
     manifest = json.loads((tmp_path / "b" / "bundle.json").read_text())
     del manifest["half"]["graphs"]["head"]
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(manifest))
@@ -326,17 +327,11 @@ def test_fp16_says_what_it_needs(tiny_bundle, half_bundle):
         Scorer.open(half_bundle, precision="fp16")
 
 
-def files_of(bundle):
-    manifest = read_manifest(bundle)
-    fp32, fp16 = ({n: bundle / s.file for n, s in g.items()} for g in (manifest.graphs, manifest.half.graphs))
-    return BundleFiles(bundle, manifest, fp32, fp16, {})
-
-
 def test_onnx_runtime_runs_the_half_graphs(half_bundle, clips):
     """On a CPU, where it rounds less than a GPU; what differs there is told by -m gpu."""
     waveform, num_samples = pad_batch([clip[: 9_000 + 700 * number] for number, clip in enumerate(clips[:3])])
     fp32, fp16 = (
-        OnnxRuntimeBackend(files_of(half_bundle), EngineOptions("cpu", precision)).scores(waveform, num_samples)
+        OnnxRuntimeBackend(BundleFiles.open(half_bundle), EngineOptions("cpu", precision)).scores(waveform, num_samples)
         for precision in ("fp32", "fp16")
     )
     assert 0 < np.abs(fp32 - fp16).max() < 0.02

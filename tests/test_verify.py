@@ -41,11 +41,10 @@ from aesanet.cli.main import main
 from aesanet.cli.verify import _worst
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
-from aesanet.runtime.backends.base import Backend
+from aesanet.runtime.backends.base import Backend, BundleFiles
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
-from aesanet.runtime.scorer import open_files
 from aesanet.runtime.windows import split_windows
 
 RECORDING = str(RECORDINGS[4])
@@ -413,7 +412,7 @@ def test_the_reference_is_pytorch_window_by_window(tiny_model):
 def test_every_layer_of_a_good_bundle_agrees(demo_bundle, half_bundle, tiny_model, clips):
     found = {
         (layers.graph, layers.precision): layers
-        for layers in compare_layers(tiny_model, open_files(half_bundle), clips[4])
+        for layers in compare_layers(tiny_model, BundleFiles.open(half_bundle), clips[4])
     }
     graphs = [(name, "fp32") for name in GRAPH_NAMES]
     for place, name in ((2, "encoder"), (5, "head")):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-from aesanet.errors import BackendError
+from aesanet.errors import BackendError, BundleError
 from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
 from aesanet.runtime.backends.base import (
     Backend,
@@ -52,7 +52,8 @@ def open_backend(
 ) -> tuple[Backend, str]:
     """Open the fastest engine that fits what was asked for (see `EngineOptions`), and say why it was taken.
 
-    Raises BackendError that says what the machine's engines can do and what to install.
+    Raises BundleError for a file that is damaged, and BackendError that says what the machine's engines can do and what
+    to install.
     """
     here = supported_backends()
     failed: list[str] = []
@@ -72,6 +73,8 @@ def open_backend(
             continue
         try:
             backend = _ENGINES[engine][0](files, EngineOptions(on, in_precision, threads, cuda_graphs, specialize))
+        except BundleError:  # a damaged file is to be mended, and not gone around
+            raise
         except Exception as error:  # engines raise what they like; the next one may do
             failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
             continue
@@ -79,7 +82,7 @@ def open_backend(
     if precision == "fp16":
         if not any("fp16" in (can for _, can in support.runs) for support in here.values()):
             failed.append("fp16 needs a CUDA GPU, and TensorRT or onnxruntime-gpu")
-        if not files.fp16:
+        if "fp16" not in files.forms:
             failed.append(_NO_HALF)
     if cuda_graphs is True and (device == "cpu" or not any("cuda" in dict(support.runs) for support in here.values())):
         failed.append("CUDA graphs need a CUDA GPU, and TensorRT or onnxruntime-gpu")
@@ -99,7 +102,7 @@ _NO_HALF = "the bundle has no FP16 graphs, which `aesanet export --fp16` makes"
 
 def lacking(files: BundleFiles, engine: BackendName, precision: Precision) -> str | None:
     """What an engine needs of a bundle that this one has not."""
-    if precision == "fp16" and not files.fp16:
+    if precision == "fp16" and "fp16" not in files.forms:
         return _NO_HALF
     if engine == "tensorrt" and not files.manifest.engines:
         return "the bundle has no engine, which `aesanet compile` makes"

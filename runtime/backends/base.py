@@ -1,14 +1,14 @@
 """What every engine offers, and no more: scores of a padded batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
-from aesanet.bundle import GraphName, Manifest
+from aesanet.bundle import GraphForm, GraphName, Manifest, graph_file, graph_specs, read_manifest
 from aesanet.errors import BackendError
 from aesanet.runtime.kernels import Specialize
 
@@ -71,15 +71,25 @@ def mean_over_tokens(features: np.ndarray, num_tokens: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True)
 class BundleFiles:
-    """A bundle whose manifest and graph files were checked, as engines take it."""
+    """A bundle as engines take it: what its manifest says, and its files, checked as they are taken."""
 
     folder: Path
     manifest: Manifest
-    fp32: Mapping[GraphName, Path]
-    fp16: Mapping[GraphName, Path]
-    """Encoder and head, or nothing where the bundle was made without."""
-    fused: Mapping[GraphName, Path]
-    """The same for ONNX Runtime on a GPU, or nothing."""
+
+    @classmethod
+    def open(cls, bundle: str | Path) -> "BundleFiles":
+        """Read the manifest; raises BundleError."""
+        return cls(Path(bundle), read_manifest(bundle))
+
+    def graphs(self, form: GraphForm) -> dict[GraphName, Path]:
+        """The three graphs in a form, their hashes checked; raises BundleError."""
+        return {name: graph_file(self.folder, spec) for name, spec in graph_specs(self.manifest, form).items()}
+
+    @property
+    def forms(self) -> tuple[GraphForm, ...]:
+        """In which the bundle has graphs."""
+        half = self.manifest.half
+        return ("fp32", *(("fp16",) if half else ()), *(("fused",) if half and half.fused else ()))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from aesanet.bundle import GraphForm
 from aesanet.errors import BackendError
 from aesanet.lengths import num_tokens
 from aesanet.machine import compute_capability, require_gpu
@@ -44,16 +45,15 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         device, precision = options.device, options.precision
-        paths, words = {**files.fp32}, f"{device} {precision}"
+        form: GraphForm = "fp32"
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
         if precision == "fp16":
-            fused = bool(files.fused) and _runs_fused(onnxruntime)
-            paths |= files.fused if fused else files.fp16
-            words += " fused" if fused else ""
+            form = "fused" if "fused" in files.forms and _runs_fused(onnxruntime) else "fp16"
         self.precision: Precision = precision
-        self._onnxruntime, self._device, self._words = onnxruntime, device, words
-        self._open = partial(Sessions, onnxruntime, paths, device, options.threads)
+        self._onnxruntime, self._device = onnxruntime, device
+        self._words = f"{device} {precision}{' fused' if form == 'fused' else ''}"
+        self._open = partial(Sessions, onnxruntime, files.graphs(form), device, options.threads)
         self._window_samples = files.manifest.window.window_samples
         self._must_capture = options.cuda_graphs is True
         self._grid: GridRuns | None = None

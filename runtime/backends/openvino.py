@@ -37,9 +37,10 @@ class OpenVINOBackend(Backend):
         def request(path: Path, hint: str) -> Any:
             return core.compile_model(path, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
 
-        self._frontend = request(files.fp32["frontend"], "f32")
-        self._encoder = request(files.fp32["encoder"], _HINTS[options.precision])
-        self._head = request(files.fp32["head"], "f32")
+        graphs = files.graphs("fp32")
+        self._frontend = request(graphs["frontend"], "f32")
+        self._encoder = request(graphs["encoder"], _HINTS[options.precision])
+        self._head = request(graphs["head"], "f32")
         self.name = f"openvino {version('openvino')} {options.device} {options.precision}"
         self.precision: Precision = options.precision
         self.kind = f"openvino {options.device} {options.precision}"
