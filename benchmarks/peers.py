@@ -35,7 +35,7 @@ from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
 from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
-from aesanet.runtime.backends import supported_backends, tensorrt
+from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import CudaGraphs, Device
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.inputs import read_rows
@@ -238,7 +238,7 @@ def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Wor
     on_gpu = plan.device == "cuda"
     recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()[:2]] if on_gpu else []
     export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
-    if on_gpu and tensorrt.support().runs:
+    if on_gpu and supported_backends()["tensorrt"].runs:
         compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
     model = load_checkpoint(checkpoint)
     largest = max(plan.batches)
@@ -276,7 +276,7 @@ def _contestants(plan: Plan, note: Notes) -> Iterator[Contestant]:
     if plan.part != "files":  # it runs graphs and reads no files
         if plan.device == "cpu":
             yield Contestant("polygraphy onnxruntime", "fp32", polygraphy.open_onnxruntime)
-        elif tensorrt.support().runs:
+        elif supported_backends()["tensorrt"].runs:
             yield Contestant("polygraphy tensorrt", "fp16", polygraphy.open_tensorrt)
     reduced, dtype = ("fp16", torch.float16) if plan.device == "cuda" else ("bf16", torch.bfloat16)
     for compiled in (False, True):

@@ -18,7 +18,8 @@ from aesanet.lengths import num_tokens
 from aesanet.machine import cuda_gpu, load_cuda
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.backends.base import BundleFiles
-from aesanet.runtime.backends.tensorrt import engine_profiles, first_that_runs
+from aesanet.runtime.backends.compiled import first_that_runs
+from aesanet.runtime.backends.tensorrt import engine_profiles
 from aesanet.runtime.shapes import choose_profile
 
 

@@ -19,7 +19,8 @@ from polygraphy import util
 from polygraphy.common import TensorMetadata
 from polygraphy.cuda import DeviceView
 from polygraphy.datatype import DataType
-from simulated_gpu import SimulatedCuda, SimulatedRTX, SimulatedTensorRT, simulated_plan
+from simulated_cuda import SimulatedCuda
+from simulated_tensorrt import SimulatedRTX, SimulatedTensorRT, simulated_plan
 
 from aesanet import machine
 from aesanet.benchmarks import peak
@@ -34,10 +35,10 @@ from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.lengths import num_frames, num_tokens
 from aesanet.machine import cuda_gpu
+from aesanet.runtime.backends import compiled as room
 from aesanet.runtime.backends import open_exactly
-from aesanet.runtime.backends import tensorrt as room
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
-from aesanet.runtime.backends.tensorrt import open_tensorrt, support
+from aesanet.runtime.backends.compiled import open_tensorrt, support
 from aesanet.runtime.scorer import Scorer
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])

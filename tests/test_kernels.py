@@ -1,6 +1,6 @@
 """Kernels that TensorRT-RTX makes late: each once for all processes, whatever became of their file; and when.
 
-TensorRT-RTX itself runs on RTX GPUs alone: here stands what keeps its rules (see simulated_gpu).
+TensorRT-RTX itself runs on RTX GPUs alone: here stands what keeps its rules (see simulated_tensorrt).
 """
 
 import gc
@@ -8,7 +8,8 @@ import os
 
 import numpy as np
 import pytest
-from simulated_gpu import SimulatedCuda, SimulatedRTX, SimulatedTensorRT, simulated_plan
+from simulated_cuda import SimulatedCuda
+from simulated_tensorrt import SimulatedRTX, SimulatedTensorRT, simulated_plan
 
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.export.profiles import make_profiles

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from simulated_gpu import SimulatedCuda
+from simulated_cuda import SimulatedCuda
 
 from aesanet import machine
 from aesanet.benchmarks.records import clocks

@@ -1,6 +1,6 @@
 """The TensorRT runtime: scores in every order of work that CUDA allows, graphs, memory, arrays and streams of others.
 
-Most tests run twice: on what stands for a GPU (see simulated_gpu), and on a real one where there is one (`-m gpu`).
+Most tests run twice: on what stands for a GPU (see simulated_cuda), and on a real one where there is one (`-m gpu`).
 """
 
 import copy
@@ -18,7 +18,8 @@ import torch
 from conftest import RECORDINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_gpu import SimulatedCuda, SimulatedTensorRT, simulated_plan
+from simulated_cuda import SimulatedCuda
+from simulated_tensorrt import SimulatedTensorRT, simulated_plan
 from torch_engines import TorchTensorRT
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest
@@ -30,7 +31,8 @@ from aesanet.export.profiles import make_profiles
 from aesanet.lengths import MIN_SAMPLES, num_tokens
 from aesanet.machine import cuda_call, load_cuda
 from aesanet.runtime.arrays import device_array, stream_handle
-from aesanet.runtime.backends.tensorrt import TensorRTBackend, support
+from aesanet.runtime.backends.compiled import support
+from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.shapes import choose_profile, grid_batch, grid_samples

@@ -13,7 +13,8 @@ import subprocess
 import sys
 
 import pytest
-import simulated_gpu
+import simulated_cuda
+import simulated_tensorrt
 import tensorrt_names
 from conftest import ROOT
 from cuda.bindings import runtime as cuda
@@ -27,6 +28,7 @@ ASKS = (
     "export/timing.py",
     "runtime/kernels.py",
     "runtime/stage.py",
+    "runtime/backends/compiled.py",
     "runtime/backends/tensorrt.py",
 )
 OF_RTX_ALONE = {
@@ -117,7 +119,7 @@ def test_what_stands_in_for_the_libraries_is_called_as_they_are(request, library
     has = request.getfixturevalue(library)[kind]
     methods = {
         name: method
-        for name, method in inspect.getmembers(getattr(simulated_gpu, stand_in), callable)
+        for name, method in inspect.getmembers(getattr(simulated_tensorrt, stand_in), callable)
         if not name.startswith("_")
     }
     assert methods
@@ -130,7 +132,7 @@ def test_what_stands_in_for_the_libraries_is_called_as_they_are(request, library
 def test_what_stands_in_for_cuda_is_called_as_it_is():
     methods = {
         name: method
-        for name, method in vars(simulated_gpu.SimulatedCuda).items()
+        for name, method in vars(simulated_cuda.SimulatedCuda).items()
         if name.startswith("cuda") and inspect.isfunction(method)
     }
     assert "cudaMemcpyAsync" in methods

@@ -1,13 +1,13 @@
 """TensorRT's names over PyTorch on a real GPU: what drives engines is tested there where TensorRT is not to be had.
 
-A plan is the simulated one (see simulated_gpu); what it computes, the network does, at the addresses and on the stream
-that it is given, and TensorRT's rules on working memory and alignment are kept.
+A plan is the simulated one (see simulated_tensorrt); what it computes, the network does, at the addresses and on the
+stream that it is given, and TensorRT's rules on working memory and alignment are kept.
 """
 
 from types import SimpleNamespace
 
 import torch
-from simulated_gpu import SimulatedContext, SimulatedEngine, SimulatedTensorRT
+from simulated_tensorrt import SimulatedContext, SimulatedEngine, SimulatedTensorRT
 
 
 class TorchTensorRT(SimulatedTensorRT):

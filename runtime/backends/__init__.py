@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from aesanet.errors import BackendError, BundleError
-from aesanet.runtime.backends import onnxruntime, openvino, tensorrt
+from aesanet.runtime.backends import compiled, onnxruntime, openvino
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,
@@ -22,7 +22,7 @@ _Open = Callable[[BundleFiles, EngineOptions], Backend]
 _ENGINES: dict[BackendName, tuple[_Open, Callable[[], Support]]] = {
     "onnxruntime": (onnxruntime.OnnxRuntimeBackend, onnxruntime.support),
     "openvino": (openvino.OpenVINOBackend, openvino.support),
-    "tensorrt": (tensorrt.open_tensorrt, tensorrt.support),
+    "tensorrt": (compiled.open_tensorrt, compiled.support),
 }
 
 # Fastest first: on CPUs by benchmarks/results/peers.csv, and a GPU before any CPU.

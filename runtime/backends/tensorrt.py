@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: a bundle's compiled engines, kept busy.
+"""TensorRT and TensorRT-RTX: a compiled engine, kept busy.
 
 Three streams carry a batch: one copies it in; one runs front end and encoder; one runs the head, beside the next
 batch's encoder, and copies the scores out. A batch has a slot, which holds all that the streams hand each other; a slot
@@ -7,39 +7,23 @@ is used again when its last scores have arrived. Within a stream order is enough
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from threading import RLock
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import GraphName
-from aesanet.engines import (
-    ENGINES_FOLDER,
-    MODULES,
-    Flavour,
-    library_version,
-    load_library,
-    misfits,
-    read_engine,
-    runs_on,
-    short_key,
-)
-from aesanet.errors import BackendError, BundleError, DeviceMemoryError, EngineMisfitError
-from aesanet.files import CacheFile
+from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
-from aesanet.machine import Gpu, cuda_gpu, load_cuda
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
 from aesanet.runtime.backends.base import (
     Backend,
-    BundleFiles,
-    EngineOptions,
     Pending,
     PendingEmbedded,
     Precision,
-    Support,
     mean_over_tokens,
 )
 from aesanet.runtime.device import Blocks, CudaDevice
@@ -54,8 +38,6 @@ _FLOAT32: Final = 4
 _INT64: Final = 8
 
 _log = logging.getLogger("aesanet")
-
-_Used = TypeVar("_Used")
 
 
 class TensorRTBackend(Backend):
@@ -348,75 +330,6 @@ def _close(
             device.destroy_event(event)
         for stream in streams:
             device.destroy_stream(stream)
-
-
-def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend:
-    """The last compiled of a bundle's engines that can run here, with CUDA graphs unless they are not wanted.
-
-    Raises BackendError with why each cannot: EngineMisfitError where all are for other machines.
-    """
-    cuda = load_cuda()
-    gpu = cuda_gpu(cuda)
-
-    def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
-        graphs_kept = 0 if options.cuda_graphs is False else GRAPHS_KEPT
-        kernels = LateKernels(options.specialize, CacheFile("kernels", {"engine": key, "GPU": str(gpu)}))
-        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept, kernels)
-        _try(backend, files.manifest.window.window_samples)
-        kernels.keep()  # a process that is killed later has made most of them by now
-        backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
-        return backend
-
-    return first_that_runs(files, gpu, opened)
-
-
-def first_that_runs(files: BundleFiles, gpu: Gpu, use: Callable[[str, Any, Mapping[GraphName, bytes]], _Used]) -> _Used:
-    """What `use` makes of the last compiled of a bundle's engines that is for this machine and that it can use.
-
-    use : is given an engine's key, its library's module and its plans, and may raise BackendError
-
-    Raises as `open_tensorrt`.
-    """
-    refused = []
-    error_type: type[BackendError] = EngineMisfitError
-    for key in reversed(files.manifest.engines):
-        try:
-            engine = read_engine(files.folder, files.manifest, key)
-            trt = load_library(engine.flavour)
-            if wrong := misfits(engine, trt, gpu):
-                raise EngineMisfitError("; ".join(wrong))
-            folder = files.folder / ENGINES_FOLDER / key
-            plans = {name: (folder / plan.file).read_bytes() for name, plan in engine.plans.items()}
-            return use(key, trt, plans)
-        except (BackendError, BundleError) as error:
-            error_type = error_type if isinstance(error, EngineMisfitError) else BackendError
-            refused.append(f"engine {short_key(key)}: {error}")
-    raise error_type(f"{'; '.join(refused)}; `aesanet compile {files.folder}` makes one for this machine")
-
-
-def _try(backend: TensorRTBackend, window_samples: int) -> None:
-    """Score a window of silence: what cannot run shows now and not after hours; what is compiled late is, too."""
-    scores = backend.scores(np.zeros((1, window_samples), np.float32), np.array([window_samples]))
-    if not np.isfinite(scores).all():
-        raise BackendError(f"silence scores {scores[0].tolist()}")
-
-
-def support() -> Support:
-    """Whether TensorRT or TensorRT-RTX can run here; which of the two, a bundle's engines say."""
-    found: dict[Flavour, str] = {}
-    for flavour, module in MODULES.items():
-        if (version := library_version(flavour)) is not None:
-            found[flavour] = f"{module} {version}"
-    if not found:
-        return Support(None, (), "not installed: pip install 'aesanet[gpu]', or 'aesanet[rtx]' for RTX GPUs")
-    versions = " and ".join(found.values())
-    try:
-        gpu = cuda_gpu(load_cuda())
-        if not any(runs_on(load_library(flavour), gpu) for flavour in found):
-            raise BackendError(f"it has no kernels for {gpu}; pip install 'aesanet[gpu]'")
-    except BackendError as error:
-        return Support(None, (), f"{versions}; cannot run: {error}")
-    return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
 
 
 def engine_profiles(frontend: Any) -> tuple[Profile, ...]:
