@@ -85,9 +85,12 @@ def cuda_call(cuda: Any, name: str, *arguments: Any) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def cuda_gpu(cuda: Any) -> Gpu:
-    """The GPU that CUDA takes first, or the slice of one (MIG); raises BackendError where there is none."""
-    found = cuda_call(cuda, "cudaGetDeviceProperties", cuda_call(cuda, "cudaGetDevice"))
+def cuda_gpu(cuda: Any, ordinal: int | None = None) -> Gpu:
+    """A GPU, or the slice of one (MIG), by CUDA's number; None for this thread's current one, which is 0 if not set.
+
+    Raises BackendError where there is none.
+    """
+    found = cuda_call(cuda, "cudaGetDeviceProperties", cuda_call(cuda, "cudaGetDevice") if ordinal is None else ordinal)
     driver = cuda_call(cuda, "cudaDriverGetVersion")
     return Gpu(
         found.name.decode(),
@@ -103,7 +106,7 @@ def require_gpu() -> None:
 
 
 def compute_capability() -> float:
-    """Of the GPU that CUDA takes first; where only NVIDIA's tool tells, the least of all. Raises BackendError.
+    """Of CUDA's GPU 0, which ONNX Runtime takes; where only NVIDIA's tool tells, the least of all. Raises BackendError.
 
     0 where a tool does not tell it.
     """
@@ -115,7 +118,7 @@ def compute_capability() -> float:
 
 def _gpus_here() -> list[Gpu]:
     try:
-        return [cuda_gpu(load_cuda())]
+        return [cuda_gpu(load_cuda(), ordinal=0)]
     except BackendError:  # no cuda-python, or one that wants a newer driver than others here do
         return list_gpus()
 

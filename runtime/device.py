@@ -4,9 +4,10 @@ Addresses, streams and events are what cuda-python gives; `int()` of a stream is
 """
 
 import ctypes
+import gc
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ class CudaDevice:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
-            yield captured
+            with _nothing_collected():
+                yield captured
         except BaseException:
             _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
             if graph is not None and int(graph):
@@ -152,6 +154,18 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return cuda_call(self._cuda, name, *arguments)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python from finding garbage meanwhile: memory of the GPU in it cannot be freed in a thread that captures."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Blocks:
@@ -189,9 +203,10 @@ class Blocks:
             raise
 
     def clear(self) -> None:
-        """Give all memory back."""
-        for name in list(self._blocks):
-            self._free(name)
+        """Give all memory back; a block that cannot be given back does not keep the others."""
+        with ExitStack() as all_blocks:
+            for name in list(self._blocks):
+                all_blocks.callback(self._free, name)
 
     def _free(self, name: str) -> None:
         if name in self._blocks:

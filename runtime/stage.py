@@ -2,11 +2,12 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from aesanet.engines import library_logger
-from aesanet.errors import BackendError, DeviceMemoryError
+from aesanet.errors import BackendError
+from aesanet.runtime.complaints import Complaints, process_logger
 from aesanet.runtime.device import CudaDevice
 from aesanet.runtime.kernels import LateKernels
 
@@ -39,8 +40,7 @@ class Stage:
     be captured (some loops cannot) is given layer by layer, as are all with `graphs_kept` 0. TensorRT-RTX captures by
     itself, as it alone knows when a kernel gives way to one made for the shape; each context of it keeps one graph.
 
-    kernels    : TensorRT-RTX makes, and shares with the bundle's other engines
-    complaints : TensorRT's own lines, which its logger adds to
+    kernels : that TensorRT-RTX makes, and shares with the bundle's other engines
     """
 
     def __init__(
@@ -50,18 +50,15 @@ class Stage:
         name: str,
         device: CudaDevice,
         stream: Any,
-        complaints: list[str],
         graphs_kept: int,
         kernels: LateKernels,
     ) -> None:
         self.name = name
-        self._trt, self._device, self._stream, self._complaints = trt, device, stream, complaints
-        self._runtime = trt.Runtime(
-            library_logger(trt, trt.ILogger.Severity.ERROR, lambda severity, line: complaints.append(line))
-        )  # must outlive its engine
-        self.engine = self._runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise BackendError(f"{trt.__name__} {trt.__version__} cannot load the {name}: {self._reason()}")
+        self._trt, self._device, self._stream = trt, device, stream
+        self._complaints = complaints = Complaints(trt)
+        # Must outlive its engine.
+        self._runtime = complaints.of(complaints.ask("to start", trt.Runtime, process_logger(trt)))
+        self.engine = complaints.of(self._ask("plan", self._runtime.deserialize_cuda_engine, plan))
         for index in range(self.engine.num_io_tensors):
             tensor = self.engine.get_tensor_name(index)
             if self.engine.get_tensor_location(tensor) != trt.TensorLocation.DEVICE:
@@ -75,6 +72,7 @@ class Stage:
         self._seen: OrderedDict[Run, None] = OrderedDict()
         self._graphs: OrderedDict[Run, _Graph] = OrderedDict()  # the one used last at the end
         self._runs = self._failures = 0
+        self._spoilt = False  # the last that was to be captured was not
 
     def activation_bytes(self, profile: int, shapes: Shapes) -> int:
         """Working memory that a run of these shapes needs."""
@@ -113,6 +111,8 @@ class Stage:
 
     def _has_room(self) -> bool:
         """Whether a graph can be kept: there is room, or the oldest is out of use."""
+        if not self._graphs_kept:  # those of before it failed stay
+            return False
         if len(self._graphs) < self._graphs_kept:
             return True
         oldest = next(iter(self._graphs.values()), None)
@@ -131,6 +131,7 @@ class Stage:
                 (handle,) = captured
         except BackendError as error:
             self._device.synchronize_stream(self._stream)  # the context may be at work, and goes now
+            self._spoilt = True
             self._failures += 1
             if self._failures == _CAPTURE_FAILURES:
                 self._graphs_kept = 0
@@ -147,27 +148,30 @@ class Stage:
             self._device.destroy(graph.handle)
 
     def _enqueue(self, context: "_Context", run: Run) -> None:
-        self._complaints.clear()
-        needed = self._shape(context, run.shapes)
-        self._must(needed <= run.memory[1], f"{run.memory[1]} bytes of working memory, of which it needs {needed}")
+        if (needed := self._shape(context, run.shapes)) > run.memory[1]:
+            raise BackendError(f"the {self.name} needs {needed} bytes of working memory, and has {run.memory[1]}")
         for name, address in run.addresses:
-            self._must(context.trt.set_tensor_address(name, address), f"address of {name}")
-        context.trt.set_device_memory(*run.memory)  # says nothing but in its log
-        self._must(not self._complaints, "working memory")
+            self._ask(f"address of {name}", context.trt.set_tensor_address, name, address)
+        self._tell("working memory", context.trt.set_device_memory, *run.memory)
         self._execute(context)
 
     def _execute(self, context: "_Context") -> None:
-        self._must(context.trt.execute_async_v3(int(self._stream)), "run")
+        again, self._spoilt = self._spoilt, False
+        try:
+            self._ask("run", context.trt.execute_async_v3, int(self._stream))
+        except BackendError:
+            if not again:
+                raise
+            # What failed while it was to be captured may have been told only now.
+            self._ask("run", context.trt.execute_async_v3, int(self._stream))
 
     def _shape(self, context: "_Context", shapes: Shapes) -> int:
         """Set the shapes of a context's inputs; returns the working memory that it then needs, laid out for them."""
         if context.shapes != shapes:
-            self._complaints.clear()
             context.shapes = None
             for name, shape in shapes:
-                self._must(context.trt.set_input_shape(name, shape), f"shape {shape} of {name}")
-            context.needed = int(context.trt.update_device_memory_size_for_shapes())
-            self._must(not self._complaints, "shapes")
+                self._ask(f"shape {shape} of {name}", context.trt.set_input_shape, name, shape)
+            context.needed = int(self._tell("shapes", context.trt.update_device_memory_size_for_shapes))
             context.shapes = shapes
         return context.needed
 
@@ -184,23 +188,15 @@ class Stage:
         return config
 
     def _new_context(self, profile: int, config: Any) -> "_Context":
-        context = self.engine.create_execution_context(config)
-        self._must(context is not None, "context")
-        self._must(context.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
+        context = self._complaints.of(self._ask("context", self.engine.create_execution_context, config))
+        self._ask(f"profile {profile}", context.set_optimization_profile_async, profile, int(self._stream))
         return _Context(context)
 
-    def _must(self, success: bool, what: str) -> None:
-        if not success:
-            reason = self._reason()
-            memory = "out of memory" in reason.lower() or "outofmemory" in reason.lower()
-            raise (DeviceMemoryError if memory else BackendError)(
-                f"{self._trt.__name__} refused the {self.name}'s {what}: {reason}"
-            )
+    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        return self._complaints.ask(f"the {self.name}'s {what}", call, *arguments)
 
-    def _reason(self) -> str:
-        reason = "; ".join(self._complaints) or "no reason was given"
-        self._complaints.clear()
-        return reason
+    def _tell(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        return self._complaints.tell(f"the {self.name}'s {what}", call, *arguments)
 
 
 @dataclass(eq=False)

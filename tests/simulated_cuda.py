@@ -54,7 +54,7 @@ def _do(work):
 
 
 class SimulatedCuda:
-    """A GPU of `capacity` bytes, whose streams take turns as `rng` says."""
+    """A GPU of `capacity` bytes, whose streams take turns as `rng` says; each thread has a current one of several."""
 
     cudaError_t = real.cudaError_t  # noqa: N815  (CUDA's own names)
     cudaMemoryType = real.cudaMemoryType  # noqa: N815
@@ -65,8 +65,9 @@ class SimulatedCuda:
     cudaEventDisableTiming = real.cudaEventDisableTiming  # noqa: N815
     cudaGetErrorString = staticmethod(real.cudaGetErrorString)  # noqa: N815
 
-    def __init__(self, rng, capacity=1 << 30):
-        self.rng, self.capacity = rng, capacity
+    def __init__(self, rng, capacity=1 << 30, ordinal=0):
+        self.rng, self.capacity, self.ordinal = rng, capacity, ordinal
+        self.current = threading.local()
         self.device, self.host = {}, {}
         self.streams = [Stream(0)]
         self.graphs = set()
@@ -76,6 +77,7 @@ class SimulatedCuda:
     # Memory
 
     def cudaMalloc(self, size):  # noqa: N802
+        self._must_be_current()
         if self._captures_here():
             return NOT_PERMITTED, None
         if sum(map(len, self.device.values())) + size > self.capacity:
@@ -139,10 +141,12 @@ class SimulatedCuda:
 
     def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
         assert flags == real.cudaStreamNonBlocking
+        self._must_be_current()
         self.streams.append(Stream(max(map(int, self.streams)) + 16))
         return *OK, self.streams[-1]
 
     def cudaEventCreateWithFlags(self, flags):  # noqa: N802
+        self._must_be_current()
         return *OK, Event()
 
     def cudaEventRecord(self, event, stream):  # noqa: N802
@@ -193,6 +197,7 @@ class SimulatedCuda:
 
     def give(self, stream, *work):
         """Hand work to a stream, or to the graph that it is captured for; then perhaps other work gets its turn."""
+        self._must_be_current()
         with self.turn:
             found = self._of(stream)
             if found.captured is not None:
@@ -256,20 +261,23 @@ class SimulatedCuda:
     # What is here
 
     def cudaGetDevice(self):  # noqa: N802
-        return *OK, 0
+        return *OK, getattr(self.current, "ordinal", 0)
 
     def cudaSetDevice(self, device):  # noqa: N802
-        assert device == 0
+        self.current.ordinal = device
         return OK
+
+    def _must_be_current(self):
+        assert getattr(self.current, "ordinal", 0) == self.ordinal, "another GPU is this thread's current one"
 
     def cudaPointerGetAttributes(self, address):  # noqa: N802
         inside = any(start <= address < start + len(block) for start, block in self.device.items())
         kind = self.cudaMemoryType.cudaMemoryTypeDevice if inside else self.cudaMemoryType.cudaMemoryTypeUnregistered
-        return *OK, SimpleNamespace(type=kind, device=0)
+        return *OK, SimpleNamespace(type=kind, device=self.ordinal)
 
     def cudaDriverGetVersion(self):  # noqa: N802
         return *OK, 13010
 
     def cudaGetDeviceProperties(self, device):  # noqa: N802
-        properties = SimpleNamespace(name=b"Simulated", major=8, minor=9, totalGlobalMem=self.capacity)
-        return *OK, properties
+        name, major, minor = (b"Simulated", 8, 9) if device == self.ordinal else (b"Another", 9, 0)
+        return *OK, SimpleNamespace(name=name, major=major, minor=minor, totalGlobalMem=self.capacity)

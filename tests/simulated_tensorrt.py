@@ -6,10 +6,10 @@ libraries refuse or leave undefined fails at once. The names are those of `tenso
 
 import copy
 import enum
+import gc
 import json
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -34,29 +34,62 @@ class SimulatedTensorRT:
         class Severity(enum.IntEnum):
             INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
+    class Logger:
+        def __init__(self, min_severity):
+            self.min_severity = min_severity
+
+    class IErrorRecorder:
+        pass
+
+    class ErrorCodeTRT(enum.Enum):
+        UNSPECIFIED_ERROR, FAILED_ALLOCATION = range(1, 3)
+
     class ExecutionContextAllocationStrategy(enum.Enum):
         STATIC, USER_MANAGED = range(2)
 
     class TensorLocation(enum.Enum):
         DEVICE, HOST = range(2)
 
-    def __init__(self, cuda, capturable=True):
-        self.cuda, self.capturable = cuda, capturable
+    def __init__(self, cuda, capturable=True, tells_late=False):
+        self.cuda, self.capturable, self.logger = cuda, capturable, None
+        self.tells_late, self.late_error = tells_late, False
 
     def Runtime(self, logger):  # noqa: N802
-        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self._load(logger, plan))
+        """The first logger is that of all: one that is gone by then would be written to all the same."""
+        assert isinstance(logger, self.Logger)
+        assert self.logger in (None, logger)
+        self.logger = logger
+        return SimulatedRuntime(self)
 
-    def _load(self, logger, plan):
+    def _load(self, plan):
+        return SimulatedEngine(self, json.loads(plan))
+
+
+class Complaining:
+    """What has a recorder of errors, of its own or of what it was made of."""
+
+    def __init__(self, trt, error_recorder=None):
+        self.trt, self.error_recorder = trt, error_recorder
+
+    def _refuse(self, reason, code="UNSPECIFIED_ERROR", found=False):
+        self.error_recorder.report_error(self.trt.ErrorCodeTRT[code], reason)
+        return found
+
+
+class SimulatedRuntime(Complaining):
+    def deserialize_cuda_engine(self, plan):
         try:
-            return SimulatedEngine(self, logger, json.loads(plan))
+            engine = self.trt._load(plan)
         except ValueError:
-            logger.log(self.ILogger.Severity.ERROR, "magic tag does not match")
-            return None
+            return self._refuse("magic tag does not match", found=None)
+        engine.error_recorder = self.error_recorder
+        return engine
 
 
-class SimulatedEngine:
-    def __init__(self, trt, logger, plan):
-        self.trt, self.logger, self.shapes, self.output = trt, logger, plan["shapes"], plan["output"]
+class SimulatedEngine(Complaining):
+    def __init__(self, trt, plan):
+        super().__init__(trt)
+        self.shapes, self.output = plan["shapes"], plan["output"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # more would wait for each other, and spin
         self.session = onnxruntime.InferenceSession(plan["onnx"], options, providers=["CPUExecutionProvider"])
@@ -90,16 +123,13 @@ class SimulatedConfig:
         self.strategy = strategy
 
 
-class SimulatedContext:
+class SimulatedContext(Complaining):
     def __init__(self, engine):
+        super().__init__(engine.trt, engine.error_recorder)
         self.engine, self.cuda = engine, engine.trt.cuda
         self.profile, self.given, self.addresses, self.memory, self.ran = None, {}, {}, (0, 0), None
         self.laid_out = None  # the shapes that working memory was last divided for
         self.changes = 0
-
-    def _refuse(self, reason):
-        self.engine.logger.log(self.engine.trt.ILogger.Severity.ERROR, reason)
-        return False
 
     def set_optimization_profile_async(self, profile, stream):
         self.profile = profile
@@ -144,8 +174,13 @@ class SimulatedContext:
         assert self.laid_out == self.given, "working memory is divided for other shapes"
         if self.memory[1] < self._needed(self.given):
             return self._refuse("the memory is too small for these shapes")
+        assert not (self.cuda.is_capturing(stream) and gc.isenabled()), "what garbage holds cannot be freed meanwhile"
+        if self.trt.late_error:
+            self.trt.late_error = False
+            return self._refuse("operation failed due to a previous error during capture")
         if self.cuda.is_capturing(stream) and (self.ran != self.given or not self.engine.trt.capturable):
             self.cuda.spoil_capture(stream)
+            self.trt.late_error = self.trt.tells_late
             return self._refuse("operation not permitted when stream is capturing")
         self.ran = dict(self.given)
         addresses, shapes, (memory, size) = dict(self.addresses), dict(self.given), self.memory
@@ -197,11 +232,10 @@ class SimulatedRTX(SimulatedTensorRT):
         super().__init__(cuda)
         self.configs, self.made, self.captured, self.replayed = [], [], 0, 0
 
-    def _load(self, logger, plan):
-        engine = super()._load(logger, plan)
-        if engine is not None:
-            engine.create_runtime_config = lambda: SimulatedRTXConfig(self)
-            engine.create_execution_context = partial(SimulatedRTXContext, engine)
+    def _load(self, plan):
+        engine = super()._load(plan)
+        engine.create_runtime_config = lambda: SimulatedRTXConfig(self)
+        engine.create_execution_context = partial(SimulatedRTXContext, engine)
         return engine
 
 

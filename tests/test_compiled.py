@@ -39,6 +39,7 @@ from aesanet.runtime.backends import compiled as room
 from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.compiled import open_tensorrt, support
+from aesanet.runtime.complaints import process_logger
 from aesanet.runtime.scorer import Scorer
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
@@ -239,7 +240,9 @@ def test_a_plan_that_tensorrt_does_not_take_says_why(compiled):
     manifest = read_manifest(bundle)
     write_manifest(bundle, msgspec.structs.replace(manifest, engines={key: file_sha256(folder / "engine.json")}))
     assert read_engine(bundle, read_manifest(bundle), key)
-    with pytest.raises(BackendError, match=r"tensorrt 0\.simulated cannot load the encoder: magic tag does not match"):
+    with pytest.raises(
+        BackendError, match=r"tensorrt 0\.simulated refused the encoder's plan: magic tag does not match"
+    ):
         Scorer.open(bundle, backend="tensorrt")
 
 
@@ -313,7 +316,7 @@ def test_polygraphy_runs_the_engine_that_fits(compiled, tiny_checkpoint, monkeyp
     monkeypatch.setattr(trt, "__name__", MODULES[flavour], raising=False)
     monkeypatch.setattr(runners, "load_cuda", room.load_cuda)
     monkeypatch.setattr(polygraphy.backend.trt, "TrtRunner", Runner)
-    load = trt.Runtime(SimpleNamespace(log=print)).deserialize_cuda_engine
+    load = trt.Runtime(process_logger(trt)).deserialize_cuda_engine
     monkeypatch.setattr(polygraphy.backend.trt, "EngineFromBytes", lambda plan: lambda: load(plan))
     monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "")
     rng = np.random.default_rng(0)

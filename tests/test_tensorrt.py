@@ -5,10 +5,13 @@ Most tests run twice: on what stands for a GPU (see simulated_cuda), and on a re
 
 import copy
 import gc
+import math
 import shutil
+import threading
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import msgspec
@@ -18,7 +21,7 @@ import torch
 from conftest import RECORDINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_cuda import SimulatedCuda
+from simulated_cuda import NOT_PERMITTED, SimulatedCuda
 from simulated_tensorrt import SimulatedTensorRT, simulated_plan
 from torch_engines import TorchTensorRT
 
@@ -34,8 +37,10 @@ from aesanet.runtime.arrays import device_array, stream_handle
 from aesanet.runtime.backends.compiled import support
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.kernels import LateKernels
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.shapes import choose_profile, grid_batch, grid_samples
+from aesanet.runtime.stage import Stage
 from aesanet.runtime.windows import pad_batch
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
@@ -184,6 +189,35 @@ def gpu(request, half_bundle, tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def simulated(half_bundle):
     return Simulated(half_bundle)
+
+
+class Crowded(SimulatedTensorRT):
+    """A GPU with room for so many contexts of each engine; others are refused in a way that TensorRT's module has."""
+
+    def __init__(self, cuda, room=math.inf, way="nothing"):
+        super().__init__(cuda)
+        self.room, self.way, self.refused = room, way, 0
+
+    def _load(self, plan):
+        engine, made = super()._load(plan), []
+        create = engine.create_execution_context
+
+        def created(runtime_config):
+            context = create(runtime_config)
+            if len(made) >= self.room:
+                self.refused += 1
+                if self.way == "nothing":
+                    return engine._refuse("IExecutionContext: CUDA out of memory", found=None)
+                context.set_optimization_profile_async = partial(profile, context)
+            made.append(None)
+            return context
+
+        def profile(context, profile, stream):
+            context._refuse("Requested amount of GPU memory could not be allocated", code="FAILED_ALLOCATION")
+            raise RuntimeError("Error in set optimization profile async.")
+
+        engine.create_execution_context = created
+        return engine
 
 
 @pytest.fixture(scope="module")
@@ -368,8 +402,8 @@ def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog, see
         backend.scores(*batch)
     assert simulated.cuda.calls["cudaStreamBeginCapture"] == 9
     assert [r.getMessage() for r in caplog.records if r.name == "aesanet"] == [
-        f"the {name} runs without CUDA graphs: tensorrt refused the {name}'s run: operation not permitted when stream "
-        "is capturing"
+        f"the {name} runs without CUDA graphs: tensorrt 0.simulated refused the {name}'s run: operation not permitted "
+        "when stream is capturing"
         for name in GRAPH_NAMES
     ]
 
@@ -388,22 +422,7 @@ def test_of_large_batches_only_the_head_is_captured(simulated, reference, monkey
 def test_a_memory_too_full_for_another_context_goes_without_its_graph(simulated, reference, caplog):
     """And without giving up, time and again, all that is there."""
 
-    class Crowded(SimulatedTensorRT):
-        def _load(self, logger, plan):
-            engine = super()._load(logger, plan)
-            create, contexts = engine.create_execution_context, []
-
-            def created(runtime_config):
-                if len(contexts) < len(PROFILES):
-                    contexts.append(None)
-                    return create(runtime_config)
-                logger.log(logger.Severity.ERROR, "IExecutionContext: CUDA out of memory")
-                return None
-
-            engine.create_execution_context = created
-            return engine
-
-    backend = simulated.open(trt=Crowded)
+    backend = simulated.open(trt=lambda cuda: Crowded(cuda, room=len(PROFILES)))
     batch = noise(np.random.default_rng(0), [9_000])
     backend.scores(*batch)
     held = dict(simulated.cuda.held)
@@ -413,7 +432,120 @@ def test_a_memory_too_full_for_another_context_goes_without_its_graph(simulated,
     assert simulated.cuda.held == held
     told = [record.getMessage() for record in caplog.records if record.name == "aesanet"]
     assert len(told) == 3
-    assert all("runs without CUDA graphs: tensorrt refused the" in line for line in told)
+    assert all("runs without CUDA graphs: tensorrt 0.simulated refused the" in line for line in told)
+
+
+@pytest.mark.parametrize("way", ["nothing", "raises"])
+@pytest.mark.parametrize("seed", range(4))
+def test_graphs_of_before_memory_was_full_stay(simulated, reference, seed, way):
+    """And none gives way while it is at work: nothing more is captured, also when there is room again."""
+    trt = None
+
+    def crowded(cuda):
+        nonlocal trt
+        trt = Crowded(cuda, way=way)
+        return trt
+
+    backend = simulated.open(seed, trt=crowded)
+    rng = np.random.default_rng(seed)
+    large, small = noise(rng, [15_000]), noise(rng, [9_000])
+    for _ in range(6):
+        backend.scores(*large)
+    trt.room = 0
+    for _ in range(12):
+        backend.scores(*small)
+    trt.room = math.inf
+    refused = trt.refused
+    waiting = [(backend.submit(*batch), batch) for batch in (small, large, small, small) * 6]
+    for pending, batch in waiting:
+        np.testing.assert_allclose(pending(), reference(*batch), atol=1e-4)
+    assert refused == trt.refused == 3 * 3
+    assert simulated.cuda.calls["cudaGraphInstantiate"] == 3 * 3
+    assert simulated.cuda.calls["cudaGraphExecDestroy"] == 0
+
+
+def test_an_error_of_capturing_that_is_told_late_costs_nothing(simulated, reference):
+    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False, tells_late=True))
+    batch = noise(np.random.default_rng(0), [9_000])
+    for _ in range(18):
+        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+
+
+def test_a_library_that_does_not_start_is_one_error(simulated):
+    """Its module raises TypeError for a runtime that is null; and what was taken for it is given back."""
+
+    class Absent(SimulatedTensorRT):
+        def Runtime(self, logger):  # noqa: N802
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(BackendError, match=r"tensorrt 0\.simulated refused to start: pybind11"):
+        simulated.open(trt=Absent)
+    gc.collect()
+    assert simulated.cuda.calls["cudaStreamDestroy"] == simulated.cuda.calls["cudaStreamCreateWithFlags"] == 3
+
+
+def test_the_real_library_says_what_is_wrong_with_a_plan(capfd):
+    """TensorRT-RTX itself, which can read a plan without a GPU; and it says so to nobody else."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
+    device = CudaDevice(SimulatedCuda(np.random.default_rng(0)))
+    with pytest.raises(BackendError, match=r"tensorrt_rtx [\d.]+ refused the head's plan: .*magicTag"):
+        Stage(load_library("rtx"), bytes(1000), "head", device, device.stream(), 0, LateKernels())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_freed_does_not_keep_the_rest(simulated, monkeypatch):
+    backend = simulated.open()
+    backend.scores(*noise(np.random.default_rng(0), [9_000]))
+    cuda, free = simulated.cuda, simulated.cuda.cudaFree
+    refusals = [True]
+    monkeypatch.setattr(
+        cuda, "cudaFree", lambda address: (NOT_PERMITTED,) if refusals and refusals.pop() else free(address)
+    )
+    del backend
+    gc.collect()
+    assert len(cuda.held) == 1
+    assert cuda.calls["cudaStreamDestroy"] == 3
+    assert cuda.calls["cudaEventDestroy"] == 3 * 4
+
+
+def test_at_the_end_nothing_is_taken_from_a_thread_that_scores(simulated, monkeypatch):
+    monkeypatch.setattr("aesanet.runtime.backends.tensorrt._CLOSING_SECONDS", 0.01)
+    backend = simulated.open()
+    lock, free = backend._lock, threading.Event()
+
+    def score():
+        with lock:
+            held.set()
+            free.wait(60)
+
+    held = threading.Event()
+    thread = threading.Thread(target=score)
+    thread.start()
+    held.wait(60)
+    del backend
+    gc.collect()
+    assert simulated.cuda.calls["cudaStreamDestroy"] == 0
+    free.set()
+    thread.join()
+
+
+def test_an_engine_is_on_the_gpu_that_was_current_then(simulated, reference):
+    """Whatever is current later, and in other threads; and that is left as it was."""
+    cuda = SimulatedCuda(np.random.default_rng(0), ordinal=1)
+    cuda.cudaSetDevice(1)
+    plans = {name: simulated_plan(simulated.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
+    backend = TensorRTBackend(plans, SimulatedTensorRT(cuda), CudaDevice(cuda))
+    cuda.cudaSetDevice(0)
+    batch = noise(np.random.default_rng(0), [9_000, 12_000])
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(9):
+            np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+            np.testing.assert_allclose(other.submit(backend.scores, *batch).result(), reference(*batch), atol=1e-4)
+        assert other.submit(cuda.cudaGetDevice).result()[1] == 0
+    del backend
+    gc.collect()
+    assert cuda.cudaGetDevice()[1] == 0
+    assert not cuda.device
 
 
 @pytest.mark.parametrize("seed", range(3))

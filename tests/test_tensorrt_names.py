@@ -26,6 +26,7 @@ ASKS = (
     "aesanet/engines.py",
     "export/engine.py",
     "export/timing.py",
+    "runtime/complaints.py",
     "runtime/kernels.py",
     "runtime/stage.py",
     "runtime/backends/compiled.py",

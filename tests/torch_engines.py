@@ -15,10 +15,9 @@ class TorchTensorRT(SimulatedTensorRT):
         super().__init__(cuda=None)
         self.model = model
 
-    def _load(self, logger, plan):
-        engine = super()._load(logger, plan)
-        if engine is not None:
-            engine.create_execution_context = lambda runtime_config: TorchContext(engine)
+    def _load(self, plan):
+        engine = super()._load(plan)
+        engine.create_execution_context = lambda runtime_config: TorchContext(engine)
         return engine
 
 

@@ -7,8 +7,9 @@ is used again when its last scores have arrived. Within a stream order is enough
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from threading import RLock
 from typing import Any, Final
 
@@ -33,6 +34,8 @@ from aesanet.runtime.slots import Batch, Part, Slot
 from aesanet.runtime.stage import Run, Shapes, Stage
 
 _SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
+_SIZES_KNOWN: Final = 1024  # of shapes of batches
+_CLOSING_SECONDS: Final = 5.0
 _ALIGNMENT: Final = 256  # bytes, that TensorRT asks of every address
 _FLOAT32: Final = 4
 _INT64: Final = 8
@@ -62,31 +65,28 @@ class TensorRTBackend(Backend):
         graphs_kept: int = GRAPHS_KEPT,
         kernels: LateKernels | None = None,
     ) -> None:
-        self._device = device
-        self._copying, self._encoding, self._scoring = (device.stream() for _ in range(3))
-        complaints: list[str] = []
         kernels = kernels or LateKernels()
+        self._device, self._blocks, self._lock = device, Blocks(device), RLock()
+        self._stages: list[Stage] = []
+        self._slots: list[Slot] = []
+        self._copying, self._encoding, self._scoring = used = tuple(device.stream() for _ in range(3))
+        weakref.finalize(self, _close, self._lock, device, used, self._slots, self._stages, self._blocks, kernels)
         streams: dict[GraphName, Any] = {
             "frontend": self._encoding,
             "encoder": self._encoding,
             "head": self._scoring,
         }
-        self._frontend, self._encoder, self._head = self._stages = tuple(
-            Stage(trt, plans[name], name, device, stream, complaints, graphs_kept, kernels)
-            for name, stream in streams.items()
-        )
+        for name, stream in streams.items():
+            self._stages.append(Stage(trt, plans[name], name, device, stream, graphs_kept, kernels))
+        self._frontend, self._encoder, self._head = self._stages
         graphs = "" if graphs_kept else " without CUDA graphs"
         self.name = f"{trt.__name__} {trt.__version__} cuda fp16{graphs}{kernels.name}"
         self._width = self._encoder.engine.get_tensor_shape("features")[2]
         self.profiles = engine_profiles(self._frontend.engine)
         self._most = {profile.index: profile.max_batch for profile in self.profiles}
-        self._blocks = Blocks(device)
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
-        self._slots = [Slot(number, device) for number in range(_SLOTS)]
-        streams_used = (self._copying, self._encoding, self._scoring)
-        weakref.finalize(self, _close, device, streams_used, tuple(self._slots), self._stages, self._blocks, kernels)
+        self._slots += (Slot(number, device) for number in range(_SLOTS))
         self._turn = 0
-        self._lock = RLock()
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -238,6 +238,8 @@ class TensorRTBackend(Backend):
         """See to it that all blocks hold a batch; growing waits for all work, and is rare."""
         key = (profile.index, rows, samples)
         if key not in self._sizes:
+            if len(self._sizes) == _SIZES_KNOWN:  # those of lent arrays are in no grid
+                self._sizes.clear()
             self._sizes[key] = self._sizes_of(profile, rows, samples)
         if not self._blocks.hold(self._sizes[key]):
             self._drain()
@@ -311,25 +313,32 @@ class TensorRTBackend(Backend):
 
 
 def _close(
+    lock: RLock,
     device: CudaDevice,
-    streams: tuple[Any, ...],
-    slots: tuple[Slot, ...],
-    stages: tuple[Stage, ...],
+    streams: Sequence[Any],
+    slots: Sequence[Slot],
+    stages: Sequence[Stage],
     blocks: Blocks,
     kernels: LateKernels,
 ) -> None:
-    """Give back all that a backend held, as far as it can be."""
+    """Give back all that a backend held, as far as it can be.
+
+    When Python ends while another thread still scores, nothing is: the system takes it all.
+    """
+    if not lock.acquire(timeout=_CLOSING_SECONDS):
+        return  # and never released: who comes after at that time finds nothing here
+    steps: list[Callable[[], object]] = [
+        *(partial(device.synchronize_stream, stream) for stream in streams),
+        kernels.keep,
+        *(stage.close for stage in stages),
+        blocks.clear,
+        *(partial(device.destroy_event, event) for slot in slots for event in slot.events),
+        *(partial(device.destroy_stream, stream) for stream in streams),
+    ]
     with suppress(BackendError), device.current():
-        for stream in streams:
-            device.synchronize_stream(stream)
-        kernels.keep()
-        for stage in stages:
-            stage.close()
-        blocks.clear()
-        for event in (event for slot in slots for event in slot.events):
-            device.destroy_event(event)
-        for stream in streams:
-            device.destroy_stream(stream)
+        for step in steps:
+            with suppress(BackendError):
+                step()
 
 
 def engine_profiles(frontend: Any) -> tuple[Profile, ...]:
