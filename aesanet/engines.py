@@ -8,7 +8,7 @@ import importlib
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,20 +78,6 @@ def _packages(flavour: Flavour) -> Iterator[tuple[str, str]]:
     for name in (MODULES[flavour], *(f"{MODULES[flavour]}_cu{major}" for major in range(11, 20))):
         with suppress(PackageNotFoundError):
             yield name, version(name)
-
-
-def library_logger(trt: Any, least: Any, tell: Callable[[str, str], None]) -> Any:
-    """A logger that tells severity and line of what the library says, from the severity `least` on."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= least:
-                tell(severity.name, message)
-
-    return Logger()
 
 
 def known_capabilities(trt: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from aesanet.bundle import GraphSpec
-from aesanet.engines import known_capabilities, library_logger
+from aesanet.engines import known_capabilities
 from aesanet.errors import CompileError
 from aesanet.export.profiles import Profile
 from aesanet.export.timing import TimingCache
@@ -164,7 +164,17 @@ def _last(log: Sequence[str]) -> str:
 
 
 def _logger(trt: Any, log: list[str]) -> Any:
-    return library_logger(trt, trt.ILogger.Severity.INFO, lambda severity, line: log.append(f"{severity} {line}"))
+    """A logger that keeps what the library says, but for its details."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.INFO:
+                log.append(f"{severity.name} {message}")
+
+    return Logger()
 
 
 @contextmanager

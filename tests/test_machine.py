@@ -69,6 +69,15 @@ def test_where_only_the_driver_tells_the_least_capability_counts(nvidia_smi, mon
     assert machine.compute_capability() == least
 
 
+def test_the_capability_is_of_the_gpu_that_onnx_runtime_takes(monkeypatch):
+    """Which is 0, whatever this thread's current one is."""
+    cuda = SimulatedCuda(np.random.default_rng(0), ordinal=1)
+    cuda.cudaSetDevice(1)
+    monkeypatch.setattr(machine, "load_cuda", lambda: cuda)
+    assert machine.compute_capability() == 9.0
+    assert machine.cuda_gpu(cuda).capability == "8.9"
+
+
 def test_a_part_that_scripts_gpu_does_not_have_is_refused(tmp_path):
     command = [Path(__file__).parents[1] / "scripts" / "gpu", tmp_path / "out", "test"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -328,13 +328,16 @@ def test_a_shape_that_comes_again_is_captured_then_launched(simulated, reference
 
 
 @pytest.mark.parametrize("graphs_kept", [0, 2, 32])
-def test_graphs_change_no_score(gpu, reference, graphs_kept):
+def test_graphs_change_no_score(gpu, reference, graphs_kept, measured):
     rng = np.random.default_rng(graphs_kept)
     backend = gpu.open(graphs_kept=graphs_kept)
     for number in range(24):
         batch = noise(rng, [(9_000, 20_000)[number % 2]] * 2)
         np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=gpu.tolerance)
-    kept = gpu.cuda.calls["cudaGraphInstantiate"] - gpu.cuda.calls["cudaGraphExecDestroy"]
+    made = gpu.cuda.calls["cudaGraphInstantiate"]
+    kept = made - gpu.cuda.calls["cudaGraphExecDestroy"]
+    if isinstance(gpu, Real):  # how much of it can be captured there is the library's affair
+        measured[f"CUDA graphs, {type(gpu).__name__}, {graphs_kept} kept"] = f"{made} made in 24 batches"
     assert kept <= 3 * graphs_kept
 
 
@@ -527,6 +530,16 @@ def test_at_the_end_nothing_is_taken_from_a_thread_that_scores(simulated, monkey
     assert simulated.cuda.calls["cudaStreamDestroy"] == 0
     free.set()
     thread.join()
+
+
+def test_shapes_of_lent_arrays_are_not_remembered_for_ever(simulated, reference, monkeypatch):
+    monkeypatch.setattr("aesanet.runtime.backends.tensorrt._SIZES_KNOWN", 2)
+    backend, stream = simulated.open(), simulated.stream()
+    for samples in range(9_000, 9_006):
+        batch = noise(np.random.default_rng(samples), [samples])
+        lent = simulated.lend(batch[0], stream, dlpack=False)
+        np.testing.assert_allclose(backend.submit(lent, batch[1], stream)(), reference(*batch), atol=1e-4)
+        assert len(backend._sizes) <= 2
 
 
 def test_an_engine_is_on_the_gpu_that_was_current_then(simulated, reference):

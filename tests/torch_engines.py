@@ -5,6 +5,7 @@ stream that it is given, and TensorRT's rules on working memory and alignment ar
 """
 
 from types import SimpleNamespace
+from warnings import catch_warnings, simplefilter
 
 import torch
 from simulated_tensorrt import SimulatedContext, SimulatedEngine, SimulatedTensorRT
@@ -14,6 +15,8 @@ class TorchTensorRT(SimulatedTensorRT):
     def __init__(self, model):
         super().__init__(cuda=None)
         self.model = model
+        # As TensorRT has it; for a packed sequence the host would wait for all that the GPU has to do.
+        model.head.lstm.forward = model.head.lstm._forwards
 
     def _load(self, plan):
         engine = super()._load(plan)
@@ -32,7 +35,8 @@ class TorchContext(SimulatedContext):
         if self.memory[1] < self._needed(self.given):
             return self._refuse("the memory is too small for these shapes")
         try:
-            with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.inference_mode():
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream)), torch.inference_mode(), catch_warnings():
+                simplefilter("ignore")  # of how the LSTM's weights lie
                 found = self.network(*(self._view(name, shape) for name, shape in self.given.items()))
                 self._view(self.engine.output, tuple(found.shape)).copy_(found)
         except RuntimeError as error:
