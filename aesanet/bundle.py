@@ -1,5 +1,6 @@
 """The bundle: a folder of graphs and the manifest that build and run must agree on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -219,7 +220,7 @@ def read_manifest(bundle: str | Path) -> Manifest:
                 f"{path}: schema_version is {version!r}, not {SCHEMA_VERSION}; export the checkpoint again"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}; export the checkpoint again") from None
     half = manifest.half
     for field, found, expected in (
@@ -227,11 +228,27 @@ def read_manifest(bundle: str | Path) -> Manifest:
         ("sample_rate", manifest.sample_rate, SAMPLE_RATE),
         ("graphs", tuple(manifest.graphs), GRAPH_NAMES),
         ("half.graphs", tuple(half.graphs if half else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
+        ("half.logits", tuple(half.logits if half else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
         ("half.fused", tuple(half.fused.graphs if half and half.fused else HALF_GRAPH_NAMES), HALF_GRAPH_NAMES),
     ):
         if found != expected:
             raise BundleError(f"{path}: {field} is {found}; expected {expected}; export the checkpoint again")
+    _check_tensors(path, manifest)
     return manifest
+
+
+def _check_tensors(path: Path, manifest: Manifest) -> None:
+    """Raise BundleError for a graph whose inputs and outputs are not those of every bundle."""
+    half = manifest.half
+    parts: dict[str, Mapping[GraphName, GraphSpec]] = {"graphs": manifest.graphs}
+    if half is not None:
+        parts |= {"half.graphs": half.graphs} | ({"half.fused.graphs": half.fused.graphs} if half.fused else {})
+    shape = manifest.graphs["head"].inputs[0].shape if manifest.graphs["head"].inputs else ()
+    width = shape[-1] if shape and isinstance(shape[-1], int) else 0
+    for part, specs in parts.items():
+        for name, spec in specs.items():
+            if (spec.inputs, spec.outputs) != signature(name, width) or width < 1:
+                raise BundleError(f"{path}: {part}.{name} has other inputs or outputs; export the checkpoint again")
 
 
 def graph_file(bundle: str | Path, spec: GraphSpec) -> Path:
@@ -244,9 +261,13 @@ def graph_file(bundle: str | Path, spec: GraphSpec) -> Path:
     for name, path in zip(names, paths, strict=True):
         if Path(name).name != name or not path.is_file():
             raise BundleError(f"{path}: no such file in the bundle; export the checkpoint again")
-    if (found := file_sha256(*paths)) != spec.sha256:
+    told = " with ".join(map(str, paths))
+    try:
+        found = file_sha256(*paths)
+    except OSError as error:
+        raise BundleError(f"{told}: cannot be read: {error.strerror}") from None
+    if found != spec.sha256:
         raise BundleError(
-            f"{' with '.join(map(str, paths))}: sha256 is {found}, but the manifest says {spec.sha256}; "
-            "export the checkpoint again"
+            f"{told}: sha256 is {found}, but the manifest says {spec.sha256}; export the checkpoint again"
         )
     return paths[0]

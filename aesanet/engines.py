@@ -128,7 +128,7 @@ def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
     _check(path, manifest.engines.get(key, "nothing"))
     try:
         engine = msgspec.json.decode(path.read_bytes(), type=Engine)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: {error}; compile the bundle again") from None
     if engine.key != key or parts_sha256(engine.parts) != key or tuple(engine.plans) != GRAPH_NAMES:
         raise BundleError(f"{path}: is not the engine {key}; compile the bundle again")
@@ -142,7 +142,11 @@ def read_engine(bundle: str | Path, manifest: Manifest, key: str) -> Engine:
 def _check(path: Path, sha256: str) -> None:
     if not path.is_file():
         raise BundleError(f"{path}: no such file; compile the bundle again")
-    if (found := file_sha256(path)) != sha256:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+    if found != sha256:
         raise BundleError(f"{path}: sha256 is {found}, but the bundle says {sha256}; compile the bundle again")
 
 

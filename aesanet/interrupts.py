@@ -17,6 +17,30 @@ def interrupt_on_sigterm() -> None:
 
 
 @contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise KeyboardInterrupt at once, as always, and at the block's end if it was dropped or made another error of.
+
+    Python drops it in callbacks of weak references, of which PyTorch's exporter has many.
+    """
+    pressed = False
+
+    def press() -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    try:
+        with on_interrupt(press):
+            yield
+    except Exception:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def on_interrupt(press: Callable[[], None]) -> Iterator[None]:
     """Call `press` in the main thread whenever one of both would raise KeyboardInterrupt, until the block ends.
 

@@ -72,10 +72,15 @@ def append_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> bool:
-    """Has the CSV been begun? Raises InputError where it has other columns, best before minutes of measuring."""
+    """Has the CSV been begun? Best called before minutes of measuring.
+
+    Raises InputError where it has other columns, or cannot be added to.
+    """
     begun = os.path.isfile(path) and os.path.getsize(path) > 0
     if begun and list(read_rows_of(path)[0]) != list(columns):
         raise InputError(f"{path}: has other columns; give --out another name")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written; give --out a file in a folder that is there")
     return begun
 
 
@@ -88,4 +93,7 @@ def read_rows_of(path: Path) -> list[dict[str, str]]:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not rows:
         raise InputError(f"{path}: has no rows")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():  # as csv has it for more cells than columns, and for fewer
+            raise InputError(f"{path}: row {number} has not as many cells as there are columns; is it cut off?")
     return rows

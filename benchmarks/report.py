@@ -163,6 +163,9 @@ _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
 
 def _number(text: str) -> str:
     """To three digits or more, with commas between thousands."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"{text!r} stands where a CSV of `aesanet bench` has a number") from None
     decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{decimals}f}"

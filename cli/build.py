@@ -6,6 +6,7 @@ import click
 
 from aesanet.cli.compile import asked_for, compile, profiles_of
 from aesanet.cli.export import export
+from aesanet.cli.notes import extra
 from aesanet.cli.verify import check_asked, verify
 
 
@@ -13,10 +14,13 @@ def _build(**given: Any) -> None:
     from aesanet.engines import load_library
     from aesanet.export.engine import check_capabilities
 
+    with extra("export,cpu"):
+        from aesanet.models.checkpoint import load_checkpoint
+
     # What would fail after minutes fails now.
     flavour, capabilities = asked_for(given["flavour"], given["capability"])
     check_capabilities(load_library(flavour), capabilities)
-    profiles_of(given["profiles"], window_seconds=10.0)
+    profiles_of(given["profiles"], load_checkpoint(given["checkpoint"], given["beats"]).config.window)
     check_asked(given["out"], given["backend"], given["html"])
     context = click.get_current_context()
     context.invoke(export, fp16=True, **_own(export, given))

@@ -12,6 +12,7 @@ from aesanet.errors import BackendError
 if TYPE_CHECKING:
     from aesanet.engines import Flavour
     from aesanet.export.profiles import Profile
+    from aesanet.lengths import WindowPolicy
     from aesanet.machine import Gpu
 
 
@@ -46,14 +47,21 @@ def asked_for(flavour: Literal["auto", "tensorrt", "rtx"], capability: str | Non
     return ("rtx" if capabilities and flavour == "auto" else choose_flavour(flavour)), capabilities
 
 
-def profiles_of(bounds: Bounds | None, window_seconds: float, memory_mib: int | None = None) -> "tuple[Profile, ...]":
-    """The profiles asked for, or those that suit a window and a GPU's memory; raises UsageError."""
+def profiles_of(bounds: Bounds | None, window: "WindowPolicy", memory_mib: int | None = None) -> "tuple[Profile, ...]":
+    """The profiles asked for, which must take a window, or those that suit it and a GPU's memory; raises UsageError."""
     from aesanet.export.profiles import default_profiles, make_profiles
+    from aesanet.lengths import SAMPLE_RATE
 
     try:
-        return make_profiles(bounds) if bounds else default_profiles(window_seconds, memory_mib)
+        profiles = make_profiles(bounds) if bounds else default_profiles(window.window_seconds, memory_mib)
     except ValueError as error:
         raise click.UsageError(f"--profiles: {error}") from None
+    if round((longest := profiles[-1].max_seconds) * SAMPLE_RATE) < window.window_samples:
+        raise click.UsageError(
+            f"--profiles: the longest is {longest:g} s, and this bundle's windows have {window.window_seconds:g} s: "
+            f"add one of these, such as {window.window_seconds:g}:{profiles[-1].max_batch}"
+        )
+    return profiles
 
 
 def _gpu_here() -> "Gpu | None":
@@ -92,7 +100,9 @@ def _gpu_here() -> "Gpu | None":
     help="GiB that a kernel may use.  [default: all]",
 )
 @click.option(
-    "--level", type=click.IntRange(0, 5), help="How long the builder searches, 0 to 5.  [default: the library's own]"
+    "--level",
+    type=click.IntRange(0, 5),
+    help="How long TensorRT searches for kernels, 0 to 5; of little effect with RTX.  [default: the library's own]",
 )
 @click.option("--prune", is_flag=True, help="Then remove the bundle's other engines, whatever they were built for.")
 def compile(
@@ -113,18 +123,11 @@ def compile(
     from aesanet.engines import load_library, runs_on
     from aesanet.export.compile import compile_bundle, prune_engines
     from aesanet.export.engine import Settings
-    from aesanet.lengths import SAMPLE_RATE
 
     library, capabilities = asked_for(flavour, capability)
     gpu = None if capabilities else _gpu_here()
     memory_mib = None if gpu is None else int(gpu.memory)
-    window = read_manifest(bundle).window
-    chosen = profiles_of(profiles, window.window_seconds, memory_mib)
-    if round((longest := chosen[-1].max_seconds) * SAMPLE_RATE) < window.window_samples:
-        raise click.UsageError(
-            f"--profiles: the longest is {longest:g} s, and this bundle's windows have {window.window_seconds:g} s: "
-            f"add one of these, such as {window.window_seconds:g}:{chosen[-1].max_batch}"
-        )
+    chosen = profiles_of(profiles, read_manifest(bundle).window, memory_mib)
     if library == "rtx" and gpu is not None and not runs_on(load_library(library), gpu):
         note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
     settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)

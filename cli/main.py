@@ -1,5 +1,6 @@
 """The `aesanet` command: each family of commands is imported only when it is called."""
 
+import errno
 import importlib
 import logging
 import os
@@ -73,6 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except AesanetError as error:
         note(str(error))
+        sys.exit(EXIT_COULD_NOT_RUN)
+    except OSError as error:  # but of stdout, what cannot be written is told where it is opened
+        if error.errno == errno.ENOSPC and error.filename is None:
+            note(f"stdout: {error.strerror}")
+        else:
+            traceback.print_exc()
         sys.exit(EXIT_COULD_NOT_RUN)
     except Exception:  # a fault of ours, which must not look like rows that failed
         traceback.print_exc()

@@ -1,5 +1,6 @@
 """`aesanet verify`: are a bundle's scores the checkpoint's?"""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import click
 from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
 from aesanet.cli.options import BACKENDS
 from aesanet.errors import BackendError, BundleError, EngineMisfitError, InputError
+from aesanet.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,8 +107,8 @@ def verify(
             if engine.kind != kind:  # its CUDA graphs failed on the way, and it went on without
                 continue
         found[kind] = (result, scores)
-        click.echo(_line(kind, result))
         _keep(bundle, {kind: result})
+        click.echo(_line(kind, result))
     if not found:
         raise BackendError("no engine here runs this bundle; see `aesanet doctor`")
     lines = []
@@ -127,8 +129,10 @@ def verify(
                 engines.append(read_engine(bundle, manifest, key))
             except BundleError as error:
                 note(f"left out of the page: {error}")
+        page = parity_page(str(bundle), manifest, reference, found, lines, engines)
         try:
-            html.write_text(parity_page(str(bundle), manifest, reference, found, lines, engines), encoding="utf-8")
+            with replacing(html) as beside:
+                beside.write_text(page, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{html}: {error.strerror}") from None
     if any(result.failures for result, _ in found.values()):
@@ -139,8 +143,14 @@ def check_asked(bundle: Path, backend: str, html: Path | None) -> None:
     """Raise InputError for a page where none can be, and BackendError for an engine that does not run here."""
     from aesanet.runtime.backends import supported_backends
 
-    if html is not None and (html.is_dir() or not html.absolute().parent.is_dir() or bundle in html.parents):
-        raise InputError(f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle")
+    if html is not None:
+        folder = html.absolute().parent
+        inside = bundle.resolve() in html.resolve().parents
+        if html.is_dir() or inside or not os.access(folder, os.W_OK):
+            raise InputError(
+                f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle, and that "
+                "can be written"
+            )
     if backend != "all":
         for name, support in supported_backends().items():
             if backend == name and not support.runs:

@@ -18,6 +18,7 @@ from aesanet.export.half import add_half
 from aesanet.export.parity import measure_parity
 from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.hashing import file_sha256
+from aesanet.interrupts import interrupts_kept
 from aesanet.models.checkpoint import load_checkpoint
 
 _TOOLS = (torch, onnx, onnx_ir, onnxscript, onnxruntime)
@@ -39,7 +40,7 @@ def export_bundle(
 
     Raises CheckpointError or ExportError; a bundle that was at `out` is then left as it was.
     """
-    with new_bundle(out) as folder:
+    with new_bundle(out) as folder, interrupts_kept():
         progress(f"loading {checkpoint}")
         model = load_checkpoint(checkpoint, beats)
         windows = [clip[: model.config.window.window_samples] for clip in half_on]

@@ -154,7 +154,6 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
 
     def enter(manifest: Manifest) -> Manifest:
         _check_same(bundle, manifest, graphs)
-        place = bundle / ENGINES_FOLDER / engine.key
         if place.exists():
             shutil.rmtree(place)
         folder.rename(place)
@@ -162,7 +161,12 @@ def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, 
         manifest = _without_engine(manifest, engine.key)
         return _with_engine_last(manifest, engine.key, file_sha256(place / ENGINE_NAME))
 
-    change_manifest(bundle, enter)
+    place = bundle / ENGINES_FOLDER / engine.key
+    try:
+        change_manifest(bundle, enter)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)  # no manifest tells of it
+        raise
 
 
 def _put_last(bundle: Path, key: str) -> None:

@@ -49,6 +49,11 @@ def measure_parity(model: AESANet, folder: Path) -> Parity:
                 their_fbank = model.frontend(alone)
                 their_features = model.encoder(their_fbank, one)
                 their_scores = model.head(their_features, one)
+            if not (their_features.isfinite().all() and their_features.any() and their_scores.isfinite().all()):
+                raise ExportError(
+                    "this checkpoint's own features or scores of noise, in PyTorch, are no numbers, or all zero; "
+                    "export one that was trained to its end"
+                )
             differences.append(
                 (
                     _max_abs(fbank[number, : num_frames(length)], their_fbank[0].numpy()),
@@ -99,4 +104,5 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _max_abs(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.max(np.abs(a - b)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(np.max(np.abs(a - b)))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from aesanet.bundle import MANIFEST_NAME, Manifest, read_manifest
+from aesanet.bundle import GRAPH_NAMES, MANIFEST_NAME, Manifest, read_manifest
+from aesanet.engines import ENGINES_FOLDER
 from aesanet.errors import ExportError
+from aesanet.files import replacing
 
 try:
     import fcntl
@@ -19,15 +22,26 @@ except ImportError:  # Windows
 
 _log = logging.getLogger("aesanet")
 
+# What may go when a bundle is replaced: its files, and what a process that was killed has left.
+_OF_BUNDLES = re.compile(
+    rf"\.?{re.escape(MANIFEST_NAME)}(\.\d+)?|{ENGINES_FOLDER}|({'|'.join(GRAPH_NAMES)})(\.fp16|\.fused)?\.(onnx|weights)"
+)
+_OF_ENGINES = re.compile(r"[0-9a-f]{64}|build\.log|\.[0-9a-f]{8}\..*")
+
 
 @contextmanager
 def new_bundle(out: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `out`; it takes `out`'s place when the block ends without an error.
 
-    An older bundle at `out` stays whole until then. Raises ExportError when `out` is anything else.
+    An older bundle at `out` stays whole until then. Raises ExportError when `out` is anything else, or holds a file of
+    somebody's, which would go with it.
     """
     out = Path(out).absolute()
     _check_replaceable(out)
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise ExportError(f"{str(out)!a}: not all of this is UTF-8, as engines want it; choose another name") from None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
@@ -100,13 +114,37 @@ def change_manifest(bundle: Path, change: Callable[[Manifest], Manifest]) -> Non
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `bundle.json`, indented for people; an older one is replaced at once."""
-    beside = folder / f".{MANIFEST_NAME}.{os.getpid()}"
-    beside.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-    beside.replace(folder / MANIFEST_NAME)
+    with replacing(folder / MANIFEST_NAME) as beside:
+        beside.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise ExportError where anything but a bundle or an empty folder stands."""
-    is_bundle = out.is_dir() and not out.is_symlink() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
-    if os.path.lexists(out) and not is_bundle:
+    """Raise ExportError where anything but a bundle or an empty folder stands, or somebody stands in it."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink():
+        raise ExportError(f"{out}: is a link; give the folder itself, {out.resolve()}")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    if names and not _is_manifest(out / MANIFEST_NAME):
         raise ExportError(f"{out}: exists and is not a bundle; choose another name or move it away")
+    strange = [name for name in sorted(names) if not _OF_BUNDLES.fullmatch(name)]
+    if (engines := out / ENGINES_FOLDER).is_dir():
+        entries = sorted(path.name for path in engines.iterdir())
+        strange += [f"{ENGINES_FOLDER}/{name}" for name in entries if not _OF_ENGINES.fullmatch(name)]
+    if strange:
+        raise ExportError(
+            f"{out}: would be replaced, but holds what is no bundle's: {', '.join(strange[:3])}"
+            f"{' and more' * (len(strange) > 3)}; move that away, or choose another name"
+        )
+    with suppress(OSError):  # where no folder is the current one any more
+        if Path.cwd().resolve().is_relative_to(out.resolve()):
+            raise ExportError(f"{out}: would be replaced, but is the folder that this runs in; run it from outside")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is, or once was, some version of `bundle.json`, and not another program's."""
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"schema_version", "graphs"} <= content.keys()

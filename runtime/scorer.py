@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, overload
 
 import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.bundle import Manifest
+from aesanet.choices import one_of
 from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
 from aesanet.runtime.backends import BackendName, open_backend
@@ -75,7 +76,7 @@ class Scorer:
         specialize  : when TensorRT-RTX makes kernels for a batch's shape: while others serve it ("lazy"), before it is
                       served ("eager") or never ("none"); with "lazy" a clip's scores may change in their last digits
 
-        Raises BundleError (a damaged bundle) or BackendError (no such engine here).
+        Raises BundleError (a damaged bundle), BackendError (no such engine here) or InputError (no such choice).
         """
         files = BundleFiles.open(bundle)
         engine, reason = open_backend(files, backend, device, precision, threads, cuda_graphs, specialize)
@@ -151,6 +152,7 @@ class Scorer:
         self, rows: Iterable[Row | Mapping[str, Any]], settings: Settings, *, channels: ChannelPolicy = "mean"
     ) -> Pipeline[Row]:
         """A run over rows, for those who want to know where groups end and where the time goes."""
+        one_of("channels", channels, *get_args(ChannelPolicy))
         window = self.manifest.window
         jobs = file_jobs(rows, channels, window.window_seconds, GROUP_BATCHES * settings.batch_seconds)
         return Pipeline(jobs, self.backend, window, settings)

@@ -322,7 +322,7 @@ def test_files_that_say_nothing_of_each_other(tmp_path, after, told):
         compare(before, latency_csv(tmp_path / "after.csv", **after))
 
 
-def test_other_files_are_refused(tiny_bundle, tmp_path, capsys):
+def test_other_files_are_refused(tiny_bundle, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"other\.csv: has no column batch, .*`aesanet bench latency` writes them"):
@@ -333,6 +333,18 @@ def test_other_files_are_refused(tiny_bundle, tmp_path, capsys):
     assert run(*command) == 2
     assert "has other columns; give --out another name" in capsys.readouterr().err
     assert other.read_text() == "a,b\n1,2\n"
+    monkeypatch.setattr("aesanet.benchmarks.latency.measure_latency", lambda *given: pytest.fail("it was measured"))
+    for place in (tmp_path / "none" / "out.csv", tmp_path):
+        assert run(*command[:-1], place) == 2
+        assert f"{place}: cannot be written; give --out a file in a folder that is there" in capsys.readouterr().err
+    other.write_text("a,b\n1,2\n3")
+    assert run("bench", "report", other) == 2
+    assert "other.csv: row 2 has not as many cells as there are columns" in capsys.readouterr().err
+
+
+def test_a_cell_that_is_no_number_is_told(tmp_path, capsys):
+    assert run("bench", "report", latency_csv(tmp_path / "latency.csv", milliseconds_p50="2 ms")) == 2
+    assert "'2 ms' stands where a CSV of `aesanet bench` has a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

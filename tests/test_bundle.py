@@ -9,8 +9,8 @@ from aesanet.runtime.scorer import Scorer
 
 
 @pytest.fixture
-def bundle(tiny_bundle, tmp_path):
-    shutil.copytree(tiny_bundle, tmp_path / "b")
+def bundle(half_bundle, tmp_path):
+    shutil.copytree(half_bundle, tmp_path / "b")
     return tmp_path / "b"
 
 
@@ -26,6 +26,11 @@ def bundle(tiny_bundle, tmp_path):
         (lambda m: m["window"].update(window_seconds="ten"), r"\$\.window\.window_seconds"),
         (lambda m: m["window"].update(hop_seconds=20), "hop_seconds is 20"),
         (lambda m: m["graphs"]["head"].update(file="../head.onnx"), "no such file"),
+        (lambda m: m["graphs"]["head"].update(inputs=[]), "graphs.frontend has other inputs or outputs"),
+        (lambda m: m["graphs"]["frontend"]["inputs"][0].update(shape=["b", "samples"]), "graphs.frontend has other"),
+        (lambda m: m["graphs"]["encoder"]["outputs"][0].update(shape=["batch", "tokens", -1]), "graphs.encoder has"),
+        (lambda m: m["half"].update(logits={}), r"half.logits is \(\)"),
+        (lambda m: m["half"]["fused"]["graphs"]["head"]["inputs"][0].update(dtype="int64"), "half.fused.graphs.head"),
     ],
 )
 def test_a_manifest_that_is_wrong_names_the_field_and_the_remedy(bundle, change, told):
@@ -36,11 +41,20 @@ def test_a_manifest_that_is_wrong_names_the_field_and_the_remedy(bundle, change,
         Scorer.open(bundle)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"\xff\xfe", b"null", b'{"schema_version": 3, "weights": "\xe9"}']
+)
 def test_a_manifest_that_is_no_manifest(bundle, content):
     (bundle / "bundle.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"bundle\.json"):
         read_manifest(bundle)
+
+
+def test_a_graph_that_cannot_be_read_is_one_error(bundle):
+    (bundle / "head.onnx").unlink()
+    (bundle / "head.onnx").symlink_to("/proc/self/mem")  # of which the first bytes are nobody's, root's neither
+    with pytest.raises(BundleError, match=r"head\.onnx: cannot be read: "):
+        Scorer.open(bundle)
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):

@@ -270,6 +270,31 @@ def test_a_full_disk_is_one_error_and_leaves_the_bundle_as_it_was(bundle, monkey
     assert [path.name for path in (bundle / "engines").iterdir()] == [engine.key]
 
 
+def test_a_disk_that_is_full_at_the_very_end_leaves_no_engine_that_nobody_knows(bundle, monkeypatch):
+    before = (bundle / "bundle.json").read_bytes()
+
+    def full(folder, manifest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("aesanet.export.writer.write_manifest", full)
+    with pytest.raises(CompileError, match="the engine cannot be written: No space left on device"):
+        compile_bundle(bundle, "rtx", SMALL)
+    assert (bundle / "bundle.json").read_bytes() == before
+    assert [path.name for path in (bundle / "engines").iterdir()] == ["build.log"]
+
+
+def test_an_engine_that_cannot_be_read_does_not_keep_others_from_being_built(bundle):
+    first, _ = compile_bundle(bundle, "rtx", SMALL)
+    plan = bundle / "engines" / first.key / "head.plan"
+    plan.unlink()
+    plan.symlink_to("/proc/self/mem")
+    with pytest.raises(BundleError, match=r"head\.plan: cannot be read: "):
+        read_engine(bundle, read_manifest(bundle), first.key)
+    second, built = compile_bundle(bundle, "rtx", SMALL_TWO)
+    assert built
+    assert list(read_manifest(bundle).engines) == [first.key, second.key]
+
+
 def test_a_manifest_that_cannot_be_written_is_known_before_anything_is_built(bundle, monkeypatch):
     def read_only(dir):
         assert dir == bundle

@@ -2,8 +2,10 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import resource
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -19,7 +21,7 @@ from aesanet.benchmarks.layers import compare_layers
 from aesanet.benchmarks.parity import RoundedHalf
 from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
 from aesanet.errors import BundleError, CheckpointError, ExportError
-from aesanet.export import parity
+from aesanet.export import build, parity
 from aesanet.export.build import export_bundle
 from aesanet.export.graph import export_graph
 from aesanet.export.writer import new_bundle
@@ -104,6 +106,26 @@ def test_an_axis_that_came_out_fixed_is_refused(tiny_model, tmp_path):
         export_graph(model, "head", tmp_path / "head.onnx")
 
 
+@pytest.mark.parametrize(("weights", "value"), [("encoder.beats.layer_norm.weight", 1e38), ("", 0.0)])
+def test_a_checkpoint_that_is_of_no_use_itself_is_told_so(tmp_path, weights, value):
+    model = random_model(tiny_config(), seed=7)
+    for name, parameter in model.named_parameters():
+        if weights in name:
+            parameter.data.fill_(value)
+    save_checkpoint(model, tmp_path / "x.safetensors")
+    with pytest.raises(
+        ExportError, match="this checkpoint's own features or scores of noise, .* are no numbers"
+    ):
+        export_bundle(tmp_path / "x.safetensors", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_name_that_is_not_utf8_is_told_before_anything_is_exported(tiny_checkpoint, tmp_path):
+    with pytest.raises(ExportError, match="not all of this is UTF-8"):
+        export_bundle(tiny_checkpoint, tmp_path / os.fsdecode(b"x\xff.bundle"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_check_leaves_no_bundle(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "SCORES_LIMIT", 1e-12)
     with pytest.raises(ExportError, match="do not give the model's scores"):
@@ -170,6 +192,68 @@ def test_nothing_but_a_bundle_is_replaced(tiny_checkpoint, tmp_path):
         with pytest.raises(ExportError, match="is not a bundle"):
             export_bundle(tiny_checkpoint, tmp_path / name)
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_is_not_the_old_bundles_own_is_not_removed_with_it(tiny_checkpoint, tiny_bundle, tmp_path, monkeypatch):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    key = "0" * 64
+    (bundle / "engines" / key).mkdir(parents=True)
+    for name in (".bundle.json.17", "encoder.fp16.weights", "engines/build.log", f"engines/{key}/engine.json"):
+        (bundle / name).touch()
+    link = tmp_path / "link"
+    link.symlink_to(bundle)
+    with pytest.raises(ExportError, match=f"link: is a link; give the folder itself, {bundle}"):
+        export_bundle(tiny_checkpoint, link)
+    for name in ("scores.jsonl", "engines/notes.txt"):
+        (bundle / name).write_text("years of work")
+        with pytest.raises(ExportError, match=f"holds what is no bundle's: {name}; move that away"):
+            export_bundle(tiny_checkpoint, bundle)
+        (bundle / name).unlink()
+    monkeypatch.chdir(bundle / "engines")
+    with pytest.raises(ExportError, match="is the folder that this runs in"):
+        export_bundle(tiny_checkpoint, bundle)
+    monkeypatch.chdir(tmp_path)
+    export_bundle(tiny_checkpoint, bundle)
+    assert not (bundle / "engines").exists()
+
+
+def test_another_programs_bundle_json_is_not_ours(tiny_checkpoint, tmp_path):
+    for content in ('{"dependencies": {}}', "half"):
+        (tmp_path / "bundle.json").write_text(content)
+        with pytest.raises(ExportError, match="is not a bundle"):
+            export_bundle(tiny_checkpoint, tmp_path)
+        assert (tmp_path / "bundle.json").read_text() == content
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("dropped", ["wholly", "as another error"])
+def test_an_interrupt_that_somebody_drops_ends_an_export(tiny_checkpoint, tmp_path, monkeypatch, kind, dropped):
+    """As Python itself does in callbacks of weak references, and PyTorch where it tells what it was at."""
+    monkeypatch.setattr(build, "export_graph", interrupted := Interrupted(kind, dropped, export_graph))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(tiny_checkpoint, tmp_path / "b")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert interrupted.times
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupted:
+    """Exports, and hears of a signal meanwhile."""
+
+    def __init__(self, kind, dropped, export):
+        self.kind, self.dropped, self.export, self.times = kind, dropped, export, 0
+
+    def __call__(self, *given):
+        self.times += 1
+        try:
+            signal.raise_signal(self.kind)
+        except KeyboardInterrupt:
+            if self.dropped != "wholly":
+                raise RuntimeError("while executing") from None
+        return self.export(*given)
 
 
 def test_a_folder_that_appeared_during_the_export_is_kept(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import aesanet
 from aesanet.bundle import read_manifest
-from aesanet.errors import BackendError, ClipError
+from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.lengths import MIN_SAMPLES, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime import backends
@@ -294,3 +295,26 @@ def test_an_engine_that_cannot_load_the_bundle_gives_way_to_the_next(tiny_bundle
 def test_what_is_no_audio_at_all(tiny_bundle, audio):
     with pytest.raises(TypeError, match="give a path"):
         Scorer.open(tiny_bundle).score(audio)
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        ({"backend": "x"}, "backend is 'x'; give one of 'auto', 'onnxruntime', 'openvino', 'tensorrt'"),
+        ({"device": "gpu"}, "device is 'gpu'; give one of 'auto', 'cpu', 'cuda'"),
+        ({"precision": "fp64"}, "precision is 'fp64'; give one of 'auto', 'fp32', 'fp16', 'bf16'"),
+        ({"specialize": "x"}, "specialize is 'x'; give one of 'lazy', 'eager', 'none'"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs is 'yes'; give one of None, True, False, 'try'"),
+        ({"threads": 0}, "threads is 0; give 1 or more"),
+        ({"threads": -1}, "threads is -1; give 1 or more"),
+    ],
+)
+def test_what_cannot_be_chosen_says_what_can(tiny_bundle, choice, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        Scorer.open(tiny_bundle, **choice)
+
+
+def test_channels_that_cannot_be_chosen_are_refused_before_anything_is_read(tiny_bundle):
+    scorer = Scorer.open(tiny_bundle)
+    with pytest.raises(InputError, match="channels is 'right'; give one of 'mean', 'left', 'loudest'"):
+        next(scorer.stream([{"path": "none.wav"}], channels="right"))

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -442,7 +443,7 @@ class Parser(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint, tmp_path, capsys):
+def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint, tmp_path, capsys, monkeypatch):
     bundle = shutil.copytree(half_bundle, tmp_path / "a <b> & c")
     page = tmp_path / "page.html"
     assert check(bundle, tiny_checkpoint, "--html", page, "--layers") == 0
@@ -463,8 +464,10 @@ def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint,
     capsys.readouterr()
     assert check(bundle, tiny_checkpoint, "--html", tmp_path / "no" / "page.html", "--backend", "openvino") == 2
     assert "page.html: not a place for a page" in capsys.readouterr().err
-    assert check(bundle, tiny_checkpoint, "--html", bundle / "bundle.json", "--backend", "openvino") == 2
-    assert "outside the bundle" in capsys.readouterr().err
+    monkeypatch.chdir(bundle.parent)
+    for place, where in ((bundle, bundle), (Path(bundle.name), bundle), (bundle, Path(bundle.name))):
+        assert check(place, tiny_checkpoint, "--html", where / "page.html", "--backend", "openvino") == 2
+        assert "outside the bundle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "rounding", "worst"), [(0.5, 0.0, 3), (np.nan, 0.0, 3), (0.012, 0.01, 1)])

@@ -1,9 +1,10 @@
 """Which engine runs a bundle: the one asked for, or the fastest that this machine has."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
-from aesanet.errors import BackendError, BundleError
+from aesanet.choices import one_of
+from aesanet.errors import BackendError, BundleError, InputError
 from aesanet.runtime.backends import compiled, onnxruntime, openvino
 from aesanet.runtime.backends.base import (
     Backend,
@@ -52,9 +53,16 @@ def open_backend(
 ) -> tuple[Backend, str]:
     """Open the fastest engine that fits what was asked for (see `EngineOptions`), and say why it was taken.
 
-    Raises BundleError for a file that is damaged, and BackendError that says what the machine's engines can do and what
-    to install.
+    Raises InputError for what cannot be chosen, BundleError for a file that is damaged, and BackendError that says what
+    the machine's engines can do and what to install.
     """
+    one_of("backend", name, "auto", *get_args(BackendName))
+    one_of("device", device, "auto", *get_args(Device))
+    one_of("precision", precision, "auto", *get_args(Precision))
+    one_of("cuda_graphs", cuda_graphs, None, True, False, "try")
+    one_of("specialize", specialize, *get_args(Specialize))
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give 1 or more, or None for the engine's own choice")
     here = supported_backends()
     failed: list[str] = []
     for engine, on, in_precision, reason in _FASTEST_FIRST:
