@@ -113,9 +113,7 @@ def test_a_checkpoint_that_is_of_no_use_itself_is_told_so(tmp_path, weights, val
         if weights in name:
             parameter.data.fill_(value)
     save_checkpoint(model, tmp_path / "x.safetensors")
-    with pytest.raises(
-        ExportError, match="this checkpoint's own features or scores of noise, .* are no numbers"
-    ):
+    with pytest.raises(ExportError, match=r"this checkpoint's own features or scores of noise, .* are no numbers"):
         export_bundle(tmp_path / "x.safetensors", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
