@@ -30,7 +30,7 @@ def _limits(context: click.Context, option: click.Parameter, values: tuple[str, 
             limit = float(number)
         except ValueError:
             limit = math.nan
-        if name not in LIMIT_NAMES or math.isnan(limit):
+        if name not in LIMIT_NAMES or not math.isfinite(limit):
             raise click.BadParameter(f"{value!r}; it must be one of {', '.join(LIMIT_NAMES)}, = and a number: PQ=6.5")
         limits.append((name, limit))
     return tuple(limits)

@@ -180,6 +180,7 @@ def test_standard_input_and_a_reader_that_goes_away(rows, tmp_path):
         (["--min", "XX=1"], "'XX=1'; it must be one of CE, CU, PC, PQ, seconds"),
         (["--min", "PQ"], "'PQ'; it must be"),
         (["--max", "PQ=nan"], "'PQ=nan'; it must be"),
+        (["--min", "PQ=inf"], "'PQ=inf'; it must be"),
         (["--top", "10%"], "--top and --by go together"),
         (["--by", "PQ"], "--top and --by go together"),
         (["--top", "0", "--by", "PQ"], "'0'; it must be a number of rows"),
