@@ -243,11 +243,12 @@ def _check_tensors(path: Path, manifest: Manifest) -> None:
     parts: dict[str, Mapping[GraphName, GraphSpec]] = {"graphs": manifest.graphs}
     if half is not None:
         parts |= {"half.graphs": half.graphs} | ({"half.fused.graphs": half.fused.graphs} if half.fused else {})
-    shape = manifest.graphs["head"].inputs[0].shape if manifest.graphs["head"].inputs else ()
-    width = shape[-1] if shape and isinstance(shape[-1], int) else 0
+    outputs = manifest.graphs["encoder"].outputs
+    last = outputs[0].shape[-1] if outputs and outputs[0].shape else 0
+    width = last if isinstance(last, int) else 0
     for part, specs in parts.items():
         for name, spec in specs.items():
-            if (spec.inputs, spec.outputs) != signature(name, width) or width < 1:
+            if (spec.inputs, spec.outputs) != signature(name, width) or (name == "encoder" and width < 1):
                 raise BundleError(f"{path}: {part}.{name} has other inputs or outputs; export the checkpoint again")
 
 

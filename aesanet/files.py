@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whenever the process is killed."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Final
 
 from aesanet.hashing import parts_sha256
 
+_LEFT_OVER_SECONDS: Final = 24 * 3600.0
 _CACHED_FILES: Final = 32  # of a kind: one for each engine and GPU, or GPU and version, that is still in use
 
 
@@ -70,5 +72,7 @@ class CacheFile:
             with replacing(self.path) as beside:
                 beside.write_bytes(content)
             files = sorted(self.path.parent.glob(f"{self._name}-*.cache"), key=lambda file: file.stat().st_mtime)
-            for unused in files[:-_CACHED_FILES]:
+            left = self.path.parent.glob(f".{self._name}-*.cache.*")  # by processes that were killed, unless they write
+            old = [file for file in left if time.time() - file.stat().st_mtime > _LEFT_OVER_SECONDS]
+            for unused in (*files[:-_CACHED_FILES], *old):
                 unused.unlink(missing_ok=True)

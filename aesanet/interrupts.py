@@ -53,9 +53,9 @@ def on_interrupt(press: Callable[[], None]) -> Iterator[None]:
     ours = []
     if threading.current_thread() is threading.main_thread():  # which alone may ask for signals, and gets them
         ours = [number for number in _SIGNALS if signal.getsignal(number) is signal.default_int_handler]
-    for number in ours:
-        signal.signal(number, handle)
     try:
+        for number in ours:
+            signal.signal(number, handle)
         yield
     finally:
         for number in ours:

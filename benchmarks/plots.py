@@ -7,7 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from aesanet.benchmarks.records import read_rows_of
-from aesanet.benchmarks.report import part_of
+from aesanet.benchmarks.report import cells_of, part_of
 from aesanet.errors import InputError
 
 _COLOURS: Final = ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0", "#8a8a00", "#a03060")
@@ -18,9 +18,10 @@ def plot_speeds(path: Path, out: Path) -> None:
     rows = read_rows_of(path)
     if "x_real_time" not in rows[0] or not {"engine", "contestant"} & rows[0].keys():
         raise InputError(f"{path}: its columns are {', '.join(rows[0])}; a plot needs x_real_time of engines")
-    shapes = dict.fromkeys(_shape(row) for row in rows)
-    engines = dict.fromkeys(map(_name, rows))
-    speeds = {(_name(row), _shape(row)): float(row["x_real_time"]) for row in rows}  # the last of each counts
+    with cells_of(path):
+        shapes = dict.fromkeys(_shape(row) for row in rows)
+        engines = dict.fromkeys(map(_name, rows))
+        speeds = {(_name(row), _shape(row)): float(row["x_real_time"]) for row in rows}  # the last of each counts
 
     height = 0.8 / len(shapes)
     figure = Figure(figsize=(8, 0.7 + len(engines) * (0.25 + 0.22 * len(shapes))), layout="constrained")

@@ -5,7 +5,8 @@ written by `update`, and a test sees to it that they are those of the files.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -25,12 +26,24 @@ def table(path: Path, link: str | None = None) -> str:
     rows = read_rows_of(path)
     for columns, make in _KINDS.items():
         if columns <= rows[0].keys():
-            header, cells = make(rows)
+            with cells_of(path):
+                header, cells = make(rows)
             lines = [header, ["---"] * len(header), *cells]
             return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
                 f"\n{_where(rows)}{f' [CSV]({link})' if link else ''}\n"
             )
     raise InputError(f"{path}: its columns are {', '.join(rows[0])}; that is no file of `aesanet bench`")
+
+
+@contextmanager
+def cells_of(path: Path) -> Iterator[None]:
+    """One InputError of a cell of a CSV that is not the number that it should be, or is not there."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{path}: a cell is not as `aesanet bench` writes it: {error}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: has nothing for {error}; is a row missing?") from None
 
 
 def update(document: Path) -> bool:
@@ -163,9 +176,6 @@ _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
 
 def _number(text: str) -> str:
     """To three digits or more, with commas between thousands."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"{text!r} stands where a CSV of `aesanet bench` has a number") from None
+    value = float(text)
     decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{decimals}f}"

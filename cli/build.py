@@ -15,12 +15,12 @@ def _build(**given: Any) -> None:
     from aesanet.export.engine import check_capabilities
 
     with extra("export,cpu"):
-        from aesanet.models.checkpoint import load_checkpoint
+        from aesanet.models.checkpoint import read_config
 
     # What would fail after minutes fails now.
     flavour, capabilities = asked_for(given["flavour"], given["capability"])
     check_capabilities(load_library(flavour), capabilities)
-    profiles_of(given["profiles"], load_checkpoint(given["checkpoint"], given["beats"]).config.window)
+    profiles_of(given["profiles"], read_config(given["checkpoint"]).window)
     check_asked(given["out"], given["backend"], given["html"])
     context = click.get_current_context()
     context.invoke(export, fp16=True, **_own(export, given))

@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     except AesanetError as error:
         note(str(error))
         sys.exit(EXIT_COULD_NOT_RUN)
-    except OSError as error:  # but of stdout, what cannot be written is told where it is opened
-        if error.errno == errno.ENOSPC and error.filename is None:
-            note(f"stdout: {error.strerror}")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            note(f"{error.filename or 'stdout, or a file'}: {error.strerror}")
         else:
             traceback.print_exc()
         sys.exit(EXIT_COULD_NOT_RUN)

@@ -131,7 +131,7 @@ def verify(
                 note(f"left out of the page: {error}")
         page = parity_page(str(bundle), manifest, reference, found, lines, engines)
         try:
-            with replacing(html) as beside:
+            with replacing(html.resolve()) as beside:  # a link stays one
                 beside.write_text(page, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{html}: {error.strerror}") from None
@@ -146,7 +146,7 @@ def check_asked(bundle: Path, backend: str, html: Path | None) -> None:
     if html is not None:
         folder = html.absolute().parent
         inside = bundle.resolve() in html.resolve().parents
-        if html.is_dir() or inside or not os.access(folder, os.W_OK):
+        if (html.exists() and not html.is_file()) or inside or not os.access(folder, os.W_OK):
             raise InputError(
                 f"{html}: not a place for a page; give a file in a folder that is there, outside the bundle, and that "
                 "can be written"

@@ -152,21 +152,20 @@ def _check_same(bundle: Path, manifest: Manifest, graphs: Mapping[GraphName, Gra
 def _add(bundle: Path, engine: Engine, folder: Path, graphs: Mapping[GraphName, GraphSpec]) -> None:
     """Move a finished engine to its place and enter it into the manifest as that is now: minutes have passed."""
 
-    def enter(manifest: Manifest) -> Manifest:
+    place = bundle / ENGINES_FOLDER / engine.key
+    with changing(bundle):
+        manifest = read_manifest(bundle)
         _check_same(bundle, manifest, graphs)
         if place.exists():
             shutil.rmtree(place)
         folder.rename(place)
         # What was found of an engine that is built anew says nothing of this one.
         manifest = _without_engine(manifest, engine.key)
-        return _with_engine_last(manifest, engine.key, file_sha256(place / ENGINE_NAME))
-
-    place = bundle / ENGINES_FOLDER / engine.key
-    try:
-        change_manifest(bundle, enter)
-    except OSError:
-        shutil.rmtree(place, ignore_errors=True)  # no manifest tells of it
-        raise
+        try:
+            write_manifest(bundle, _with_engine_last(manifest, engine.key, file_sha256(place / ENGINE_NAME)))
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)  # nobody knows of it, but as one that was damaged
+            raise
 
 
 def _put_last(bundle: Path, key: str) -> None:

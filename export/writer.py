@@ -22,9 +22,10 @@ except ImportError:  # Windows
 
 _log = logging.getLogger("aesanet")
 
-# What may go when a bundle is replaced: its files, and what a process that was killed has left.
+# What may go when a bundle is replaced: its files, and what a process that was killed or a file manager has left.
 _OF_BUNDLES = re.compile(
     rf"\.?{re.escape(MANIFEST_NAME)}(\.\d+)?|{ENGINES_FOLDER}|({'|'.join(GRAPH_NAMES)})(\.fp16|\.fused)?\.(onnx|weights)"
+    r"|\.DS_Store|desktop\.ini|Thumbs\.db|\.nfs.*"
 )
 _OF_ENGINES = re.compile(r"[0-9a-f]{64}|build\.log|\.[0-9a-f]{8}\..*")
 
@@ -49,19 +50,26 @@ def new_bundle(out: str | Path) -> Iterator[Path]:
         raise ExportError(f"{out}: cannot be written: {error.strerror}; choose another place") from None
     with beside as temporary:
         folder = Path(temporary, "new")
-        folder.mkdir()
-        yield folder
-        old = Path(temporary, "old")
-        with changing(out):
-            _check_replaceable(out)  # minutes may have passed
-            if out.exists():
-                out.rename(old)
-            try:
-                folder.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
+        try:
+            folder.mkdir()
+            yield folder
+            _put_in_place(folder, out, old=Path(temporary, "old"))
+        except OSError as error:  # of a disk that is full, what writes graphs does not say which file it was
+            raise ExportError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def _put_in_place(folder: Path, out: Path, old: Path) -> None:
+    """Move a new bundle to its place, and what was there to `old`."""
+    with changing(out):
+        _check_replaceable(out)  # minutes may have passed
+        if out.exists():
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
 
 
 @contextmanager
@@ -123,7 +131,7 @@ def _check_replaceable(out: Path) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink():
-        raise ExportError(f"{out}: is a link; give the folder itself, {out.resolve()}")
+        raise ExportError(f"{out}: is a link; give the folder itself, {os.readlink(out)}")
     names = {path.name for path in out.iterdir()} if out.is_dir() else {""}
     if names and not _is_manifest(out / MANIFEST_NAME):
         raise ExportError(f"{out}: exists and is not a bundle; choose another name or move it away")

@@ -43,6 +43,16 @@ def load_checkpoint(path: str | Path, beats: str | Path | None = None) -> AESANe
     return model.eval()
 
 
+def read_config(path: str | Path) -> AESANetConfig:
+    """The config of a checkpoint, as `load_checkpoint` takes it; of a `.safetensors` nothing else is read.
+
+    Raises CheckpointError.
+    """
+    if Path(path).suffix == ".safetensors":
+        return _read_file(path, tensors=False)[0]
+    return _read_training(path)[0]
+
+
 def save_checkpoint(model: AESANet, path: str | Path, beats_sha256: str | None = None) -> None:
     """Write one `.safetensors` with the config as JSON in its header.
 
@@ -74,12 +84,13 @@ def _read_safetensors(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor
     return config, state, header.get(_BEATS_SHA256)
 
 
-def _read_file(path: str | Path) -> tuple[AESANetConfig, dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and all text entries of the header of our `.safetensors`."""
+def _read_file(path: str | Path, tensors: bool = True) -> tuple[AESANetConfig, dict[str, Tensor], dict[str, str]]:
+    """Config, tensors, if they are wanted, and all text entries of the header of our `.safetensors`."""
     try:
         with safe_open(existing_file(path), framework="pt") as file:
             header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+            names = file.keys() if tensors else ()
+            state = {key: file.get_tensor(key) for key in names}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
     if _CONFIG not in header:

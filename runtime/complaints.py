@@ -39,25 +39,26 @@ class Complaints:
 
     def ask(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """What a call returns; raises BackendError, or DeviceMemoryError, where that is nothing, or the call raises."""
-        self._lines.clear()
-        raised, found = "", None
-        try:
-            found = call(*arguments)
-        except (RuntimeError, TypeError) as error:  # as pybind11 has it for some refusals
-            raised = str(error)
+        found, raised = self._call(call, *arguments)
         if found is None or found is False:
             raise self._refusal(what, raised)
         return found
 
     def tell(self, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        """The same for a call whose return says nothing of success."""
-        self._lines.clear()
-        found = call(*arguments)
-        if self._lines:
-            raise self._refusal(what)
+        """The same for a call whose return says nothing of success: it failed if there was a complaint."""
+        found, raised = self._call(call, *arguments)
+        if self._lines or raised:
+            raise self._refusal(what, raised)
         return found
 
-    def _refusal(self, what: str, raised: str = "") -> BackendError:
+    def _call(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+        self._recorder.clear()
+        try:
+            return call(*arguments), ""
+        except (RuntimeError, TypeError) as error:  # as pybind11 has it for some refusals
+            return None, str(error) or type(error).__name__
+
+    def _refusal(self, what: str, raised: str) -> BackendError:
         reason = "; ".join(self._lines) or raised or "no reason was given"
         memory = "out of memory" in reason.lower() or "outofmemory" in reason.lower()
         return (DeviceMemoryError if memory else BackendError)(f"{self._library} refused {what}: {reason}")

@@ -5,6 +5,7 @@ Addresses, streams and events are what cuda-python gives; `int()` of a stream is
 
 import ctypes
 import gc
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ class CudaDevice:
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
         self._ordinal = self._call("cudaGetDevice")
+        self.spoilt = False
+        """Whether the last that was to be captured could not be; for those who run what comes next."""
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -123,9 +126,10 @@ class CudaDevice:
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
-            with _nothing_collected():
+            with _nothing_collected:
                 yield captured
         except BaseException:
+            self.spoilt = True
             _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
             if graph is not None and int(graph):
                 self._call("cudaGraphDestroy", graph)
@@ -156,16 +160,28 @@ class CudaDevice:
         return cuda_call(self._cuda, name, *arguments)
 
 
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Keep Python from finding garbage meanwhile: memory of the GPU in it cannot be freed in a thread that captures."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
+class _NothingCollected:
+    """Keeps Python from finding garbage meanwhile: a thread that captures cannot free memory of the GPU in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks, self._collects = 0, False  # several threads may be in one
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._collects = gc.isenabled()
+                gc.disable()
+            self._blocks += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks and self._collects:
+                gc.enable()
+
+
+_nothing_collected = _NothingCollected()
 
 
 class Blocks:

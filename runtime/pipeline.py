@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 
@@ -108,7 +109,7 @@ class Pipeline(Generic[Row]):
         self._planner: Planner[_Clip[Row]] = Planner(policy.window_samples, batch_samples)
         self.windows: LookAhead[Job[Row], tuple[int, np.ndarray | Heard | ClipError]] = LookAhead(
             jobs,
-            self._windows_of,
+            partial(_windows_of, policy),  # not a method: in a cycle, this and its engine would go late
             _weight,
             max(batch_samples, 1) * GROUP_BATCHES,
             settings.workers,
@@ -152,28 +153,6 @@ class Pipeline(Generic[Row]):
             batches=planner.batches,
             padding=1 - planner.useful_samples / planner.padded_samples if planner.batches else 0.0,
         )
-
-    def _windows_of(self, job: Job[Row]) -> Blocks:
-        """A job's clips in windows instead of blocks; runs in the decoding threads."""
-        cutters: dict[int, WindowCutter] = {}  # of the clips that are being heard
-        seen: set[int] = set()
-        for index, found in job.decode():
-            if isinstance(found, np.ndarray):
-                if index not in cutters:
-                    cutters[index] = WindowCutter(self._policy)
-                windows = cutters[index].push(found)
-            else:
-                windows = cutters.pop(index).rest() if index in cutters else iter(())
-            if isinstance(found, ClipError):
-                yield index, found
-                continue
-            for window in windows:
-                # A last window without one patch of its own (0.175 s) cannot be seen by the network, and is left out.
-                if len(window) >= MIN_SAMPLES:
-                    seen.add(index)
-                    yield index, window
-            if isinstance(found, Heard):
-                yield index, found if index in seen else _too_short(found)
 
     def _done(self) -> Iterator["_Clip[Row] | GroupEnd"]:
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
@@ -277,3 +256,26 @@ def _too_short(heard: Heard) -> ClipError:
 def _weight(item: tuple[int, np.ndarray | Heard | ClipError]) -> int:
     """Of what a decoding thread made: samples."""
     return len(item[1]) if isinstance(item[1], np.ndarray) else 0
+
+
+def _windows_of(policy: WindowPolicy, job: Job[Any]) -> Blocks:
+    """A job's clips in windows instead of blocks; runs in the decoding threads."""
+    cutters: dict[int, WindowCutter] = {}  # of the clips that are being heard
+    seen: set[int] = set()
+    for index, found in job.decode():
+        if isinstance(found, np.ndarray):
+            if index not in cutters:
+                cutters[index] = WindowCutter(policy)
+            windows = cutters[index].push(found)
+        else:
+            windows = cutters.pop(index).rest() if index in cutters else iter(())
+        if isinstance(found, ClipError):
+            yield index, found
+            continue
+        for window in windows:
+            # A last window without one patch of its own (0.175 s) cannot be seen by the network, and is left out.
+            if len(window) >= MIN_SAMPLES:
+                seen.add(index)
+                yield index, window
+        if isinstance(found, Heard):
+            yield index, found if index in seen else _too_short(found)

@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from aesanet.errors import BackendError
@@ -72,7 +73,6 @@ class Stage:
         self._seen: OrderedDict[Run, None] = OrderedDict()
         self._graphs: OrderedDict[Run, _Graph] = OrderedDict()  # the one used last at the end
         self._runs = self._failures = 0
-        self._spoilt = False  # the last that was to be captured was not
 
     def activation_bytes(self, profile: int, shapes: Shapes) -> int:
         """Working memory that a run of these shapes needs."""
@@ -131,7 +131,6 @@ class Stage:
                 (handle,) = captured
         except BackendError as error:
             self._device.synchronize_stream(self._stream)  # the context may be at work, and goes now
-            self._spoilt = True
             self._failures += 1
             if self._failures == _CAPTURE_FAILURES:
                 self._graphs_kept = 0
@@ -156,14 +155,14 @@ class Stage:
         self._execute(context)
 
     def _execute(self, context: "_Context") -> None:
-        again, self._spoilt = self._spoilt, False
+        execute = partial(self._ask, "run", context.trt.execute_async_v3, int(self._stream))
+        again, self._device.spoilt = self._device.spoilt, False
         try:
-            self._ask("run", context.trt.execute_async_v3, int(self._stream))
+            execute()
         except BackendError:
             if not again:
                 raise
-            # What failed while it was to be captured may have been told only now.
-            self._ask("run", context.trt.execute_async_v3, int(self._stream))
+            execute()  # what failed while it was to be captured, by whichever engine, may have been told only now
 
     def _shape(self, context: "_Context", shapes: Shapes) -> int:
         """Set the shapes of a context's inputs; returns the working memory that it then needs, laid out for them."""

@@ -50,7 +50,7 @@ class SimulatedTensorRT:
     class TensorLocation(enum.Enum):
         DEVICE, HOST = range(2)
 
-    def __init__(self, cuda, capturable=True, tells_late=False):
+    def __init__(self, cuda, capturable=("fbank", "features", "scores"), tells_late=False):
         self.cuda, self.capturable, self.logger = cuda, capturable, None
         self.tells_late, self.late_error = tells_late, False
 
@@ -178,7 +178,8 @@ class SimulatedContext(Complaining):
         if self.trt.late_error:
             self.trt.late_error = False
             return self._refuse("operation failed due to a previous error during capture")
-        if self.cuda.is_capturing(stream) and (self.ran != self.given or not self.engine.trt.capturable):
+        capturable = self.engine.output in self.engine.trt.capturable
+        if self.cuda.is_capturing(stream) and (self.ran != self.given or not capturable):
             self.cuda.spoil_capture(stream)
             self.trt.late_error = self.trt.tells_late
             return self._refuse("operation not permitted when stream is capturing")

@@ -344,7 +344,9 @@ def test_other_files_are_refused(tiny_bundle, tmp_path, capsys, monkeypatch):
 
 def test_a_cell_that_is_no_number_is_told(tmp_path, capsys):
     assert run("bench", "report", latency_csv(tmp_path / "latency.csv", milliseconds_p50="2 ms")) == 2
-    assert "'2 ms' stands where a CSV of `aesanet bench` has a number" in capsys.readouterr().err
+    assert "latency.csv: a cell is not as `aesanet bench` writes it: could not convert" in capsys.readouterr().err
+    assert run("bench", "report", "--plot", latency_csv(tmp_path / "latency.csv", clip_seconds="6 s")) == 2
+    assert "'6 s'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import gc
 import json
 import os
 import re
@@ -133,6 +134,25 @@ def test_a_run_is_resumed_with_kernels_made_as_they_were(compiled, tmp_path, cap
     assert "tensorrt_rtx 0.simulated cuda fp16 specialize=eager (the bundle has an engine for this GPU)" in told
     assert "nothing to do" in told
     assert "the engine" in told.splitlines()[-1]
+
+
+def test_the_gpus_memory_goes_with_the_scorer(compiled):
+    """And not when Python next looks for garbage, long after the next engine wanted that memory."""
+    bundle, add = compiled
+    add()
+    cuda = room.load_cuda()
+    gc.collect()
+    gc.disable()
+    try:
+        scorer = Scorer.open(bundle, backend="tensorrt")
+        rows = list(scorer.stream([{"path": str(path)} for path in RECORDINGS[:3]]))
+        rows += [scorer.score(str(RECORDINGS[0])), *scorer.score([str(RECORDINGS[0]), "none.wav"])]
+        assert len(rows) == 6
+        assert cuda.device
+        del scorer
+        assert not cuda.device
+    finally:
+        gc.enable()
 
 
 def test_throughput_tells_the_gpus_memory_and_its_published_peak(compiled, tmp_path, monkeypatch):

@@ -276,7 +276,7 @@ def test_a_disk_that_is_full_at_the_very_end_leaves_no_engine_that_nobody_knows(
     def full(folder, manifest):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("aesanet.export.writer.write_manifest", full)
+    monkeypatch.setattr("aesanet.export.compile.write_manifest", full)
     with pytest.raises(CompileError, match="the engine cannot be written: No space left on device"):
         compile_bundle(bundle, "rtx", SMALL)
     assert (bundle / "bundle.json").read_bytes() == before

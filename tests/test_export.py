@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -196,7 +197,13 @@ def test_what_is_not_the_old_bundles_own_is_not_removed_with_it(tiny_checkpoint,
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     key = "0" * 64
     (bundle / "engines" / key).mkdir(parents=True)
-    for name in (".bundle.json.17", "encoder.fp16.weights", "engines/build.log", f"engines/{key}/engine.json"):
+    for name in (
+        ".bundle.json.17",
+        ".DS_Store",
+        "encoder.fp16.weights",
+        "engines/build.log",
+        f"engines/{key}/engine.json",
+    ):
         (bundle / name).touch()
     link = tmp_path / "link"
     link.symlink_to(bundle)
@@ -215,6 +222,16 @@ def test_what_is_not_the_old_bundles_own_is_not_removed_with_it(tiny_checkpoint,
     assert not (bundle / "engines").exists()
 
 
+def test_an_export_onto_a_full_disk_says_where(tiny_checkpoint, tmp_path, monkeypatch):
+    def full(*given):  # as onnx has it: which file it was is not said
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnx.save", full)
+    with pytest.raises(ExportError, match=f"{tmp_path}/b: cannot be written: No space left on device"):
+        export_bundle(tiny_checkpoint, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_programs_bundle_json_is_not_ours(tiny_checkpoint, tmp_path):
     for content in ('{"dependencies": {}}', "half"):
         (tmp_path / "bundle.json").write_text(content)
@@ -228,12 +245,12 @@ def test_another_programs_bundle_json_is_not_ours(tiny_checkpoint, tmp_path):
 def test_an_interrupt_that_somebody_drops_ends_an_export(tiny_checkpoint, tmp_path, monkeypatch, kind, dropped):
     """As Python itself does in callbacks of weak references, and PyTorch where it tells what it was at."""
     monkeypatch.setattr(build, "export_graph", interrupted := Interrupted(kind, dropped, export_graph))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(kind, signal.default_int_handler)  # other libraries leave their own
     try:
         with pytest.raises(KeyboardInterrupt):
             export_bundle(tiny_checkpoint, tmp_path / "b")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(kind, before)
     assert interrupted.times
     assert list(tmp_path.iterdir()) == []
 

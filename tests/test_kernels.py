@@ -105,6 +105,10 @@ def test_the_files_last_used_are_kept(file, monkeypatch):
     monkeypatch.setattr("aesanet.files._CACHED_FILES", 3)
     timing = CacheFile("timing", {})
     timing.write(b"of another kind")
+    killed, writing = (file.path.with_name(f".kernels-{number}.cache.{number}") for number in (7, 8))
+    for left in (killed, writing):
+        left.touch()
+    os.utime(killed, (0, 0))
     engines = [CacheFile("kernels", {"engine": name}) for name in "abcde"]
     for age, engine in enumerate(engines[:3]):
         engine.write(b"kernels")
@@ -114,6 +118,8 @@ def test_the_files_last_used_are_kept(file, monkeypatch):
         engine.write(b"kernels")
     assert [bool(engine.read()) for engine in engines] == [True, False, False, True, True]
     assert timing.read() == b"of another kind"
+    assert writing.exists()
+    assert not killed.exists()
 
 
 def test_a_folder_that_cannot_be_written_only_costs_time(opened, tmp_path, monkeypatch):

@@ -393,7 +393,7 @@ def test_more_shapes_than_graphs_are_not_captured_over_and_over(simulated):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_cannot_be_captured_runs_as_it_is(simulated, reference, caplog, seed):
-    backend = simulated.open(seed, trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False))
+    backend = simulated.open(seed, trt=lambda cuda: SimulatedTensorRT(cuda, capturable=()))
     batch = noise(np.random.default_rng(0), [9_000])
     for _ in range(9):
         pending = backend.submit(*batch)
@@ -467,11 +467,23 @@ def test_graphs_of_before_memory_was_full_stay(simulated, reference, seed, way):
     assert simulated.cuda.calls["cudaGraphExecDestroy"] == 0
 
 
-def test_an_error_of_capturing_that_is_told_late_costs_nothing(simulated, reference):
-    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable=False, tells_late=True))
-    batch = noise(np.random.default_rng(0), [9_000])
-    for _ in range(18):
-        np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+@pytest.mark.parametrize("capturable", [(), ("fbank", "features")])
+@pytest.mark.parametrize("captured_samples", [None, 0])
+def test_an_error_of_capturing_that_is_told_late_costs_nothing(
+    simulated, reference, caplog, monkeypatch, capturable, captured_samples
+):
+    """Whichever engine hears of it, and whether or not that is to be captured."""
+    if captured_samples is not None:
+        monkeypatch.setattr("aesanet.runtime.backends.tensorrt.CAPTURED_SAMPLES", captured_samples)
+    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable, tells_late=True))
+    rng = np.random.default_rng(0)
+    for samples in (15_000, 9_000):
+        batch = noise(rng, [samples])
+        for _ in range(9):
+            np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+    told = [record.getMessage().split()[1] for record in caplog.records if record.name == "aesanet"]
+    able = {"fbank": "frontend", "features": "encoder"}
+    assert not {able[output] for output in capturable} & set(told)
 
 
 def test_a_library_that_does_not_start_is_one_error(simulated):

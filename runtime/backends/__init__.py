@@ -81,7 +81,7 @@ def open_backend(
             continue
         try:
             backend = _ENGINES[engine][0](files, EngineOptions(on, in_precision, threads, cuda_graphs, specialize))
-        except BundleError:  # a damaged file is to be mended, and not gone around
+        except BundleError:  # a damaged graph is to be mended, and not gone around
             raise
         except Exception as error:  # engines raise what they like; the next one may do
             failed.append(f"{engine} {on} {in_precision} could not load the bundle: {error}")
