@@ -124,17 +124,17 @@ class CudaDevice:
         """
         captured: list[Any] = []
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
-        try:
-            with _nothing_collected:
+        with _nothing_collected:
+            self._call("cudaStreamBeginCapture", stream, mode)
+            try:
                 yield captured
-        except BaseException:
-            self.spoilt = True
-            _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
-            if graph is not None and int(graph):
-                self._call("cudaGraphDestroy", graph)
-            raise
-        graph = self._call("cudaStreamEndCapture", stream)
+            except BaseException:
+                self.spoilt = True
+                _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
+                if graph is not None and int(graph):
+                    self._call("cudaGraphDestroy", graph)
+                raise
+            graph = self._call("cudaStreamEndCapture", stream)
         try:
             captured.append(self._call("cudaGraphInstantiate", graph, 0))
         finally:

@@ -247,6 +247,7 @@ class SimulatedCuda:
         self._of(stream).spoilt = True
 
     def cudaStreamEndCapture(self, stream):  # noqa: N802
+        assert not gc.isenabled(), "what garbage holds cannot be freed meanwhile"
         graph, self._of(stream).captured = self._of(stream).captured, None
         if self._of(stream).spoilt:
             return real.cudaError_t.cudaErrorStreamCaptureInvalidated, None
