@@ -256,7 +256,7 @@ def test_an_interrupt_that_somebody_drops_ends_an_export(tiny_checkpoint, tmp_pa
 
 
 class Interrupted:
-    """Exports, and hears of a signal meanwhile."""
+    """Exports, and hears of a signal meanwhile, as Python tells of one."""
 
     def __init__(self, kind, dropped, export):
         self.kind, self.dropped, self.export, self.times = kind, dropped, export, 0
@@ -264,7 +264,7 @@ class Interrupted:
     def __call__(self, *given):
         self.times += 1
         try:
-            signal.raise_signal(self.kind)
+            signal.getsignal(self.kind)(self.kind, None)
         except KeyboardInterrupt:
             if self.dropped != "wholly":
                 raise RuntimeError("while executing") from None
