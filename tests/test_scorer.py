@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -318,3 +320,27 @@ def test_channels_that_cannot_be_chosen_are_refused_before_anything_is_read(tiny
     scorer = Scorer.open(tiny_bundle)
     with pytest.raises(InputError, match="channels is 'right'; give one of 'mean', 'left', 'loudest'"):
         next(scorer.stream([{"path": "none.wav"}], channels="right"))
+
+
+OPENED_TWICE = """
+import gc, signal, sys
+from aesanet.runtime.scorer import Scorer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+scorers = [Scorer.open(sys.argv[1], backend=sys.argv[2]) for _ in range(2)]
+while scorers:
+    del scorers[0]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+@pytest.mark.parametrize("backend", [name for name, support in supported_backends().items() if support.runs])
+def test_engines_that_went_leave_signals_as_they_were(tiny_bundle, backend):
+    """OpenVINO 2026.4 has them handled on a stack of its own, each time that it is opened."""
+    command = [sys.executable, "-c", OPENED_TWICE, str(tiny_bundle), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -1,5 +1,6 @@
 """OpenVINO: the fastest on CPUs, in bf16 where the processor computes in it."""
 
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -26,10 +27,8 @@ class OpenVINOBackend(Backend):
     """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
-        from openvino import Core
-
         self._turn = Lock()  # a request holds one call's tensors
-        core = Core()
+        core = _core()
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
@@ -72,14 +71,26 @@ class OpenVINOBackend(Backend):
 def support() -> Support:
     """What OpenVINO can run here; bf16 only where the processor has instructions for it."""
     try:
-        from openvino import Core
+        core = _core()
     except ImportError:
         return Support(None, (), "not installed: pip install 'aesanet[openvino]'")
-    capabilities = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     runs: tuple[tuple[Device, Precision], ...] = (("cpu", "fp32"),)
     if "BF16" in capabilities:
         runs = (("cpu", "bf16"), *runs)
     return Support(version("openvino"), runs, "CPU capabilities " + ", ".join(capabilities))
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO, once for the process.
+
+    Each one has signals handled on a stack of its own, and when it goes puts back the one of before. Of two that go in
+    the order in which they came, that is no longer there, and Ctrl-C ends the process with a segmentation fault.
+    """
+    from openvino import Core
+
+    return Core()
 
 
 def _run(request: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
