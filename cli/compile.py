@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from aesanet.machine import Gpu
 
 
-Bounds = list[tuple[float, int, int]]
+Bounds = list[tuple[float, int, int, int]]
 
 
 def _bounds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Bounds | None:
-    """Longest seconds, largest and best batch from text such as 2:128,10:64@16."""
+    """Longest seconds, smallest, best and largest batch from text such as 2:128,10:64@16,30:4-20."""
     if value is None:
         return None
     found: Bounds = []
     try:
         for seconds, batches in (part.split(":") for part in value.split(",")):
-            largest, at, best = batches.partition("@")
-            found.append((float(seconds), int(largest), int(best if at else largest)))
+            batches, at, best = batches.partition("@")
+            smallest, dash, largest = batches.rpartition("-")
+            found.append((float(seconds), int(smallest if dash else 1), int(best if at else largest), int(largest)))
     except ValueError:
         raise click.BadParameter(
-            f"{value!r}; give longest seconds and largest batch, such as 2:128,10:64, and after an @ the batch that "
-            "kernels are chosen for, if it is another: 10:64@16"
+            f"{value!r}; give longest seconds and largest batch, such as 2:128,10:64; before a dash the smallest, if "
+            "it is not one clip: 10:32-64; after an @ the batch that kernels are chosen for, if it is another: 10:64@16"
         ) from None
     return found
 
@@ -88,8 +89,9 @@ def _gpu_here() -> "Gpu | None":
     "--profiles",
     callback=_bounds,
     help="Longest seconds and largest batch of each: 2:128,10:64. Kernels are chosen for the largest, or for another: "
-    "10:64@16. A length may come twice, as in 10:1,10:64 for single clips.  [default: 2 s, the bundle's window, 30 s, "
-    "in batches that the GPU's memory holds]",
+    "10:64@16. The smallest is one clip, or another to which fewer are padded: 10:64-64. A length may come twice, as "
+    "in 10:1,10:64 for single clips.  [default: 2 s, the bundle's window, 30 s, in batches that the GPU's "
+    "memory holds]",
 )
 @click.option(
     "--capability", help="RTX: compute capabilities to build for, such as 8.0,8.9,12.0.  [default: the library's own]"

@@ -1,4 +1,4 @@
-"""Which batches an engine is built for: a few profiles, each from one clip up to a full batch of its longest clips."""
+"""Which batches an engine is built for: a few profiles, each up to a full batch of its longest clips."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -18,26 +18,28 @@ _MIB_A_SECOND: Final = 8.0
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Batches of 1 to `max_batch` clips, padded to `min_seconds` to `max_seconds`.
+    """Batches of `min_batch` to `max_batch` clips, padded to `min_seconds` to `max_seconds`.
 
     Kernels are chosen for `best_batch` of the longest clips: the batch that runs most when many are scored.
     """
 
     min_seconds: float
     max_seconds: float
-    max_batch: int
+    min_batch: int
     best_batch: int
+    max_batch: int
 
     def __str__(self) -> str:
         """Exact, as it is a part of an engine's key: in samples at 16 kHz."""
         short, long = self._samples()
         best = "" if self.best_batch == self.max_batch else f" (kernels for {self.best_batch})"
-        return f"1 to {self.max_batch} clips{best} of {short} to {long} samples"
+        return f"{self.min_batch} to {self.max_batch} clips{best} of {short} to {long} samples"
 
     def shapes(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Smallest, best and largest shape of an input."""
         short, long = self._samples()
-        return _shape(spec, 1, short), _shape(spec, self.best_batch, long), _shape(spec, self.max_batch, long)
+        smallest, best, largest = (self.min_batch, short), (self.best_batch, long), (self.max_batch, long)
+        return _shape(spec, *smallest), _shape(spec, *best), _shape(spec, *largest)
 
     def _samples(self) -> tuple[int, int]:
         return round(self.min_seconds * SAMPLE_RATE), round(self.max_seconds * SAMPLE_RATE)
@@ -58,30 +60,37 @@ def default_profiles(window_seconds: float, memory_mib: int | None = None) -> tu
     return make_profiles(list(batch_of.items()))
 
 
-def make_profiles(bounds: Sequence[tuple[float, int] | tuple[float, int, int]]) -> tuple[Profile, ...]:
-    """(longest seconds, largest batch, best batch) to profiles that follow each other; raises ValueError.
+def make_profiles(bounds: Sequence[tuple[float, int] | tuple[float, int, int, int]]) -> tuple[Profile, ...]:
+    """(longest seconds, largest batch) to profiles that follow each other; raises ValueError.
 
-    The best batch is the largest where it is left out. Of one length there may be several, for small batches and large
-    ones: kernels that suit 64 clips do not suit one.
+    Or (longest seconds, smallest, best and largest batch): else the smallest is one clip, and the best is the largest.
+    Of one length there may be several, for small batches and large ones: kernels that suit 64 clips do not suit one.
     """
     profiles: list[Profile] = []
     start = MIN_SAMPLES / SAMPLE_RATE
-    for seconds, batch, *chosen in sorted(bounds):
-        (best,) = chosen or [batch]
+    for seconds, smallest, best, largest in sorted(map(_whole, bounds), key=lambda bound: (bound[0], bound[3])):
         same = bool(profiles) and seconds == profiles[-1].max_seconds
-        if same and batch == profiles[-1].max_batch:
-            raise ValueError(f"two profiles up to {seconds:g} s and {batch} clips; give each once")
+        if same and largest == profiles[-1].max_batch:
+            raise ValueError(f"two profiles up to {seconds:g} s and {largest} clips; give each once")
         if not start <= seconds <= MAX_SECONDS:
             raise ValueError(f"a profile up to {seconds:g} s; it must be from {start:g} to {MAX_SECONDS:g} s")
-        if not 1 <= batch <= MAX_BATCH:
-            raise ValueError(f"a profile of {batch} clips; it must be from 1 to {MAX_BATCH}")
-        if not 1 <= best <= batch:
-            raise ValueError(f"a profile of {batch} clips that is best at {best}; it must be from 1 to {batch}")
-        profiles.append(Profile(profiles[-1].min_seconds if same else start, seconds, batch, best))
+        if not 1 <= largest <= MAX_BATCH:
+            raise ValueError(f"a profile of {largest} clips; it must be from 1 to {MAX_BATCH}")
+        if not 1 <= smallest <= largest:
+            raise ValueError(f"a profile of {smallest} to {largest} clips; the fewest must be from 1 to the most")
+        if not smallest <= best <= largest:
+            raise ValueError(
+                f"a profile of {smallest} to {largest} clips that is best at {best}; that must be one of these"
+            )
+        profiles.append(Profile(profiles[-1].min_seconds if same else start, seconds, smallest, best, largest))
         start = seconds
     if not profiles:
         raise ValueError("no profile; give at least one, such as 10:64")
     return tuple(profiles)
+
+
+def _whole(bound: tuple[float, int] | tuple[float, int, int, int]) -> tuple[float, int, int, int]:
+    return (bound[0], 1, bound[1], bound[1]) if len(bound) == 2 else bound
 
 
 def _shape(spec: TensorSpec, batch: int, samples: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Padding changes no score: a clip's tokens are counted, and what lies behind them
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aesanet.errors import BackendError
@@ -22,23 +22,24 @@ _EXACT_BATCH: Final = 16
 
 @dataclass(frozen=True)
 class Profile:
-    """The batches that one profile of an engine takes: 1 to `max_batch` clips of so many samples each."""
+    """The batches that one profile of an engine takes: so many clips of so many samples each."""
 
     index: int
     min_samples: int
     max_samples: int
+    min_batch: int
     max_batch: int
 
     def padded(self, batch: int, samples: int) -> tuple[int, int]:
         """The shape of the grid, within the profile, that holds a batch."""
-        return min(grid_batch(batch), self.max_batch), min(grid_samples(samples), self.max_samples)
+        return min(max(grid_batch(batch), self.min_batch), self.max_batch), min(grid_samples(samples), self.max_samples)
 
 
 def choose_profile(profiles: Sequence[Profile], samples: int, batch: int) -> Profile:
     """The profile for a batch of clips padded to `samples`; raises BackendError where none takes clips so long.
 
-    Of those for the shortest clips that take them, the one for the smallest batches that takes so many; and where none
-    takes so many, the one for the largest, which takes them in parts.
+    Of those for the shortest clips that take them, the one for the smallest batches that takes so many (fewer than it
+    takes are padded); and where none takes so many, the one for the largest, which takes them in parts.
     """
     if taking := [profile for profile in profiles if profile.min_samples <= samples <= profile.max_samples]:
         shortest = min(profile.max_samples for profile in taking)
@@ -47,6 +48,15 @@ def choose_profile(profiles: Sequence[Profile], samples: int, batch: int) -> Pro
     spans = " and ".join(f"{p.min_samples / SAMPLE_RATE:g} to {p.max_samples / SAMPLE_RATE:g} s" for p in profiles)
     raise BackendError(
         f"clips of {samples / SAMPLE_RATE:g} s, but this engine takes {spans}; compile with --profiles for longer ones"
+    )
+
+
+def with_at_most(profiles: Sequence[Profile], max_samples: int, batch: int) -> tuple[Profile, ...]:
+    """Profiles of which those for clips of up to `max_samples` take at most `batch` at a time; ones that cannot go."""
+    return tuple(
+        replace(profile, max_batch=min(profile.max_batch, batch)) if profile.max_samples == max_samples else profile
+        for profile in profiles
+        if profile.max_samples != max_samples or profile.min_batch <= batch
     )
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from helpers import random_model, tiny_config
 from hypothesis import settings
+from machines import REAL, Simulated
 
 from aesanet.engines import load_library
 from aesanet.export.build import export_bundle
 from aesanet.models.checkpoint import save_checkpoint
+from aesanet.runtime.backends.compiled import support
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
+from aesanet.runtime.scorer import Scorer
 
 ROOT = Path(__file__).parent.parent
 DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
@@ -131,3 +135,32 @@ def trt():
     """The real TensorRT-RTX, which builds engines without a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
     return load_library("rtx")
+
+
+@pytest.fixture(scope="session", params=["simulated", *(pytest.param(name, marks=pytest.mark.gpu) for name in REAL)])
+def gpu(request, half_bundle, tiny_model, tmp_path_factory):
+    """A machine whose engines score: one that is simulated, and with `-m gpu` the one that is here."""
+    if request.param == "simulated":
+        return Simulated(half_bundle)
+    if request.param == "torch" and not torch.cuda.is_available():
+        pytest.skip("no GPU that PyTorch sees")
+    if request.param == "tensorrt" and not support().runs:
+        pytest.skip(f"no GPU with TensorRT: {support().detail}")
+    return REAL[request.param](shutil.copytree(half_bundle, tmp_path_factory.mktemp("real") / "b"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def simulated(half_bundle):
+    return Simulated(half_bundle)
+
+
+@pytest.fixture(scope="session")
+def reference(half_bundle):
+    """Scores of each clip alone, by ONNX Runtime."""
+    backend = Scorer.open(half_bundle, "cpu", backend="onnxruntime").backend
+
+    def scores(waveform, num_samples):
+        alone = [backend.scores(row[None, :n], np.array([n])) for row, n in zip(waveform, num_samples, strict=True)]
+        return np.concatenate(alone)
+
+    return scores

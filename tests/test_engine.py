@@ -464,13 +464,14 @@ def test_without_a_gpu_tensorrt_says_where_to_compile(bundle, monkeypatch, trt):
 def test_the_command_says_what_went_into_the_engine(bundle, capsys):
     for expected in ("built", "was there"):
         with pytest.raises(SystemExit) as stopped:
-            main(["compile", str(bundle), "--profiles", "4:2@1", "--capability", "12.0, 8.9,8.9"])
+            main(["compile", str(bundle), "--profiles", "4:2@1,4:3-3", "--capability", "12.0, 8.9,8.9"])
         assert stopped.value.code == 0
         out = capsys.readouterr().out
         assert out.splitlines()[0].endswith(f": {expected}")
         assert "GPU: compute capability 8.9, 12.0" in out
-        assert "profiles: 1 to 2 clips (kernels for 1) of 2800 to 64000 samples" in out
-        assert re.search(r"encoder\.plan: [\d.]+ MiB in [\d.]+ s; activations \d+ MiB", out)
+        of_them = "of 2800 to 64000 samples"
+        assert f"profiles: 1 to 2 clips (kernels for 1) {of_them}; 3 to 3 clips {of_them}" in out
+        assert re.search(r"encoder\.plan: [\d.]+ MiB in [\d.]+ s; activations \d+, \d+ MiB", out)
 
 
 def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, capsys):
@@ -510,8 +511,10 @@ def test_a_checkpoint_becomes_engines_in_one_command(tiny_checkpoint, tmp_path, 
     [
         (["--profiles", "ten"], "give longest seconds and largest batch, such as 2:128,10:64"),
         (["--profiles", "10:0"], "a profile of 0 clips"),
-        (["--profiles", "10:4@"], "and after an @ the batch that kernels are chosen for, if it is another: 10:64@16"),
-        (["--profiles", "10:4@5"], "a profile of 4 clips that is best at 5; it must be from 1 to 4"),
+        (["--profiles", "10:4@"], "after an @ the batch that kernels are chosen for, if it is another: 10:64@16"),
+        (["--profiles", "10:4@5"], "a profile of 1 to 4 clips that is best at 5; that must be one of these"),
+        (["--profiles", "10:5-4"], "a profile of 5 to 4 clips; the fewest must be from 1 to the most"),
+        (["--profiles", "10:-4"], "before a dash the smallest, if it is not one clip: 10:32-64"),
         (["--profiles", "5:4,5:4"], "two profiles up to 5 s and 4 clips; give each once"),
         (
             ["--profiles", "1:2"],

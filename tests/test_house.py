@@ -123,3 +123,10 @@ def test_tables_in_the_documents_are_those_of_their_files(tmp_path):
     assert not any(update(document) for document in documents)
     named = re.findall(r"<!-- table of (\S+) -->", "".join(document.read_text() for document in documents))
     assert len(named) >= 5
+
+
+def test_what_needs_a_gpu_is_in_the_script_that_runs_on_one(request):
+    needing = {item.path.stem for item in request.session.items if item.get_closest_marker("gpu")}
+    (named,) = re.findall(r"tests/test_\{([\w,]+)\}\.py -m gpu", (ROOT / "scripts" / "gpu").read_text())
+    assert needing <= {f"test_{name}" for name in named.split(",")}
+    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in named.split(","))

@@ -10,12 +10,10 @@ from aesanet.export.profiles import default_profiles, make_profiles
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
 
 bounds = st.lists(
-    st.tuples(st.integers(1, 600), st.integers(1, 4096), st.integers(1, 4096)).map(
-        lambda b: (b[0], max(b[1:]), min(b[1:]))
-    ),
+    st.tuples(st.integers(1, 600), *[st.integers(1, 4096)] * 3).map(lambda bound: (bound[0], *sorted(bound[1:]))),
     min_size=1,
     max_size=4,
-    unique_by=lambda bound: bound[:2],
+    unique_by=lambda bound: (bound[0], bound[3]),
 )
 
 
@@ -26,12 +24,13 @@ def test_profiles_cover_every_length_up_to_the_longest(pairs, data):
     samples = data.draw(st.integers(MIN_SAMPLES, longest * SAMPLE_RATE))
     covering = [p for p in profiles if p.min_seconds * SAMPLE_RATE <= samples <= p.max_seconds * SAMPLE_RATE]
     assert covering
+    batch = covering[0].min_batch
     inputs = {spec.name: spec for name in GRAPH_NAMES for spec in signature(name, 48)[0]}
     sizes = {
-        "waveform": (1, samples),
-        "fbank": (1, num_frames(samples), 128),
-        "features": (1, num_tokens(samples), 48),
-        "num_tokens": (1,),
+        "waveform": (batch, samples),
+        "fbank": (batch, num_frames(samples), 128),
+        "features": (batch, num_tokens(samples), 48),
+        "num_tokens": (batch,),
     }
     for name, spec in inputs.items():
         smallest, best, largest = (np.array(shape) for shape in covering[0].shapes(spec))
@@ -39,18 +38,17 @@ def test_profiles_cover_every_length_up_to_the_longest(pairs, data):
         assert (best <= largest).all()
         assert (smallest <= sizes[name]).all()
         assert (sizes[name] <= largest).all()
-        assert (largest[0], best[0]) == (covering[0].max_batch, covering[0].best_batch)
+        assert (covering[0].max_seconds, smallest[0], best[0], largest[0]) in pairs
         assert (best[1:] == largest[1:]).all()
 
 
 def test_kernels_are_chosen_for_the_largest_batch_where_no_other_is_named():
-    named, largest = make_profiles([(10.0, 64, 16)]), make_profiles([(10.0, 64)])
+    named, largest = make_profiles([(10.0, 4, 16, 64)]), make_profiles([(10.0, 64)])
     assert [str(*profiles) for profiles in (named, largest)] == [
-        "1 to 64 clips (kernels for 16) of 2800 to 160000 samples",
+        "4 to 64 clips (kernels for 16) of 2800 to 160000 samples",
         "1 to 64 clips of 2800 to 160000 samples",
     ]
-    assert named[0].best_batch == 16
-    assert largest[0].best_batch == 64
+    assert [(p.min_batch, p.best_batch) for (p,) in (named, largest)] == [(4, 16), (1, 64)]
 
 
 @pytest.mark.parametrize("window", [0.175, 1.0, 2.0, 6.0, 10.0, 30.0, 600.0])
@@ -74,7 +72,20 @@ def test_default_batches_fit_the_gpus_memory():
 
 
 @pytest.mark.parametrize(
-    "pairs", [[], [(0.1, 4)], [(601, 4)], [(5, 0)], [(5, 5000)], [(5, 4), (5, 4)], [(5, 4, 5)], [(5, 4, 0)]]
+    "pairs",
+    [
+        [],
+        [(0.1, 4)],
+        [(601, 4)],
+        [(5, 0)],
+        [(5, 5000)],
+        [(5, 4), (5, 4)],
+        [(5, 1, 5, 4)],
+        [(5, 1, 0, 4)],
+        [(5, 3, 2, 4)],
+        [(5, 0, 4, 4)],
+        [(5, 5, 4, 4)],
+    ],
 )
 def test_profiles_that_make_no_sense(pairs):
     with pytest.raises(ValueError, match="profile"):

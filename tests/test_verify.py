@@ -19,9 +19,9 @@ from conftest import RECORDINGS
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from machines import Simulated
 from onnx import numpy_helper
 from scipy import stats
-from test_tensorrt import Simulated
 
 from aesanet.axes import AXES
 from aesanet.benchmarks.layers import compare_layers

@@ -29,7 +29,7 @@ from aesanet.runtime.backends.base import (
 )
 from aesanet.runtime.device import Blocks, CudaDevice
 from aesanet.runtime.kernels import LateKernels
-from aesanet.runtime.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile
+from aesanet.runtime.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile, with_at_most
 from aesanet.runtime.slots import Batch, Part, Slot
 from aesanet.runtime.stage import Run, Shapes, Stage
 
@@ -83,7 +83,7 @@ class TensorRTBackend(Backend):
         self.name = f"{trt.__name__} {trt.__version__} cuda fp16{graphs}{kernels.name}"
         self._width = self._encoder.engine.get_tensor_shape("features")[2]
         self.profiles = engine_profiles(self._frontend.engine)
-        self._most = {profile.index: profile.max_batch for profile in self.profiles}
+        self._fitting = self.profiles  # with as many clips as the GPU's memory was seen to hold
         self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
         self._slots += (Slot(number, device) for number in range(_SLOTS))
         self._turn = 0
@@ -130,12 +130,11 @@ class TensorRTBackend(Backend):
             parts: list[Part] = []
             try:
                 while count := len(batch.num_samples):
-                    profile = choose_profile(self.profiles, batch.samples, count)
-                    most = self._most[profile.index]
-                    part = self._launch_or_shrink(profile, batch.first(most), embedded)
+                    profile = choose_profile(self._fitting, batch.samples, count)
+                    part = self._launch_or_shrink(profile, batch.first(profile.max_batch), embedded)
                     if part is not None:
                         parts.append(part)
-                        batch = batch.after(most)
+                        batch = batch.after(profile.max_batch)
             except BaseException:
                 with suppress(BackendError):  # which may be the same once more
                     self._drain()
@@ -181,7 +180,9 @@ class TensorRTBackend(Backend):
         self._finish(slot)
         lent = isinstance(batch.waveform, DeviceArray)
         count = len(batch.num_samples)
-        rows, samples = (count, batch.samples) if lent else profile.padded(count, batch.samples)
+        rows, samples = profile.padded(count, batch.samples)
+        if lent:
+            rows, samples = max(count, profile.min_batch), batch.samples
         self._reserve(profile, rows, samples)
         blocks, memory = self._blocks, (self._blocks["layers"], self._blocks.size("layers"))
         waveform, tokens, features = (
@@ -203,10 +204,13 @@ class TensorRTBackend(Backend):
             self._device.wait(self._encoding, slot.consumed)
         self._device.wait(self._encoding, slot.copied)
         if isinstance(batch.waveform, DeviceArray):
-            if batch.waveform.address % _ALIGNMENT == 0:
+            if rows == count and batch.waveform.address % _ALIGNMENT == 0:
                 waveform = batch.waveform.address
-            else:
-                self._device.copy(waveform, batch.waveform.address, rows * samples * _FLOAT32, self._encoding)
+            else:  # a batch that is too small over and over
+                size = samples * _FLOAT32
+                for row in range(0, rows, count):
+                    num_bytes = min(count, rows - row) * size
+                    self._device.copy(waveform + row * size, batch.waveform.address, num_bytes, self._encoding)
         capture = rows * samples <= CAPTURED_SAMPLES
         shapes = self._shapes(rows, samples)
         fbank = ("fbank", blocks["fbank"])
@@ -271,16 +275,20 @@ class TensorRTBackend(Backend):
         }
 
     def _halve(self, profile: Profile, batch: int, error: DeviceMemoryError) -> None:
-        """Give all memory back, and take half as many clips from now on."""
+        """Give all memory back, and take half as many clips of that length from now on, in profiles that can."""
         self._drain()
         self._blocks.clear()
-        if batch == 1:
+        rows = max(batch, profile.min_batch)
+        fitting = with_at_most(self._fitting, profile.max_samples, rows // 2)
+        if all(other.max_samples != profile.max_samples for other in fitting):
             raise DeviceMemoryError(
-                f"one clip of up to {profile.max_samples / SAMPLE_RATE:g} s does not fit into the GPU's memory, of "
-                f"which {self._device.free_bytes() / 2**20:.0f} MiB are free: {error}; free some, or score shorter ones"
+                f"the GPU's memory, of which {self._device.free_bytes() / 2**20:.0f} MiB are free, does not hold "
+                f"{rows} clip{'s' * (rows > 1)} of up to {profile.max_samples / SAMPLE_RATE:g} s, the fewest that this "
+                f"engine takes: {error}; free some, or {'score shorter' if rows == 1 else 'compile for fewer'} ones"
             ) from None
-        self._most[profile.index] = batch // 2
-        _log.warning("the GPU's memory is full with %d clips a batch; taking %d from now on", batch, batch // 2)
+        self._fitting = fitting
+        most = choose_profile(fitting, profile.max_samples, rows).max_batch
+        _log.warning("the GPU's memory is full with %d clips a batch; taking %d from now on", rows, most)
 
     def _drain(self) -> None:
         """Wait for all work, take the scores, and forget what was bound to addresses."""
@@ -346,5 +354,5 @@ def engine_profiles(frontend: Any) -> tuple[Profile, ...]:
     profiles = []
     for index in range(frontend.num_optimization_profiles):
         shortest, _, largest = frontend.get_tensor_profile_shape("waveform", index)
-        profiles.append(Profile(index, shortest[1], largest[1], largest[0]))
+        profiles.append(Profile(index, shortest[1], largest[1], shortest[0], largest[0]))
     return tuple(profiles)
