@@ -115,6 +115,51 @@ def test_no_graph_beyond_the_bounds(provider, tiny_bundle, monkeypatch):
     assert encoder.replays == 1 + 2 + 2
 
 
+def test_graphs_that_went_out_of_use_give_way_together(provider, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(captured, "GRAPHS_KEPT", 4)
+    monkeypatch.setattr(captured, "_IDLE_RUNS", 10)
+    backend, plain = opened(tiny_bundle, cuda_graphs=True), opened(tiny_bundle, cuda_graphs=False)
+    first, others = list(provider.sessions[:3]), provider.sessions[3:]
+    assert len(others) == 3
+    rng = np.random.default_rng(0)
+    old, new = ([clips(rng, [length]) for length in lengths] for lengths in ((4_000, 8_000, 12_000), (16_000, 19_000)))
+    found = [backend.scores(*batch) for batch in old * 3]
+    assert [len(session.graphs) for session in first] == [4, 4, 4]  # a window's, too
+    for _ in range(10):  # two of four are in use
+        found = [backend.scores(*batch) for batch in (*old[:2], *new)]
+    assert provider.sessions == [*first, *others]
+    gone = [weakref.ref(session) for session in first]
+    first.clear()
+    del provider.sessions[:3]
+    for _ in range(10):
+        again = [backend.scores(*batch) for batch in new]
+    assert all(np.array_equal(*pair) for pair in zip(again, found[2:], strict=True))
+    assert all(session() is None for session in gone)
+    assert [(len(session.graphs), session.replays > 0) for session in provider.sessions[3:]] == [(2, True)] * 3
+    for batch, scores in zip(new, again, strict=True):
+        assert np.allclose(scores, plain.scores(*batch), atol=2e-5)
+
+
+@pytest.mark.parametrize("must", [True, "try"])
+def test_where_sessions_cannot_be_had_anew_that_is_as_at_first(provider, tiny_bundle, monkeypatch, capsys, must):
+    monkeypatch.setattr(captured, "GRAPHS_KEPT", 1)
+    monkeypatch.setattr(captured, "_IDLE_RUNS", 2)
+    backend = opened(tiny_bundle, cuda_graphs=must)
+    batch = clips(np.random.default_rng(0), [8_000])
+    expected = [backend.scores(*batch) for _ in range(3)]
+    provider.fault = "refused"
+    if must is True:
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"have not been partitioned.*; do without --cuda-graphs"):
+                backend.scores(*batch)
+        provider.fault = None
+        assert np.array_equal(backend.scores(*batch), expected[0])
+    else:
+        assert np.array_equal(backend.scores(*batch), expected[0])
+        assert backend.kind == "onnxruntime cuda fp32"
+        assert capsys.readouterr().err.count("no CUDA graphs from here on") == 1
+
+
 def test_threads_take_turns(provider, tiny_bundle):
     backend = opened(tiny_bundle, cuda_graphs=True)
     plain = opened(tiny_bundle)

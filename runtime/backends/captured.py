@@ -2,8 +2,9 @@
 
 ONNX Runtime captures by itself where a session has `enable_cuda_graph`: a graph for each thread and `gpu_graph_id` that
 a run names (-1: none), bound to the addresses of its inputs and outputs, and kept as long as the session. So all runs
-are made in one thread, each graph has buffers of its own, and their number and size are bounded. While one is captured,
-nobody else in the process may allocate memory of the GPU.
+are made in one thread, each graph has buffers of its own, and their number and size are bounded; when most are of
+shapes that no longer come, all go with their sessions. While one is captured, nobody else in the process may allocate
+memory of the GPU.
 """
 
 from collections import OrderedDict
@@ -21,14 +22,15 @@ from aesanet.runtime.backends.sessions import NO_GRAPH, Sessions, run_options
 from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
 
 _SEEN_SHAPES: Final = 1024  # that are remembered as run once
+_IDLE_RUNS: Final = 1024  # after which a shape no longer comes; graphs had saved them more than new sessions cost
 _KEPT_SAMPLES: Final = 5120 * SAMPLE_RATE  # of all shapes that are kept: of base size, 1.3 GB of inputs and outputs
 # How far a graph may be from its own kernels one by one: a clip's features, relatively, and scores.
 _LIMITS: Final[dict[Precision, tuple[float, float]]] = {"fp32": (1e-4, 1e-4), "fp16": (5e-3, 0.02)}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Captured:
-    """A shape's buffers on the GPU, and the bindings of the three sessions to them, in their order."""
+    """A shape's buffers on the GPU, the bindings of the three sessions to them, in their order, and its last run."""
 
     waveform: Any
     tokens: Any
@@ -36,6 +38,7 @@ class _Captured:
     scores: Any
     bindings: tuple[tuple[Any, Any], ...]
     options: Any
+    used: int
 
 
 class GridRuns:
@@ -55,12 +58,22 @@ class GridRuns:
         self._width = int(features.shape[2])
         self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._captured: dict[tuple[int, int], _Captured] = {}
+        self._runs = 0
+        self._full = False
         self._failed: str | None = None
 
     @property
     def capturing(self) -> bool:
         """Whether there are graphs, or will be."""
         return self._sessions.capturing
+
+    @property
+    def outdated(self) -> bool:
+        """Whether there is no room for a shape that comes again, and most graphs are of shapes that no longer do."""
+        if not self._full:
+            return False
+        idle = [captured for captured in self._captured.values() if self._runs - captured.used > _IDLE_RUNS]
+        return 2 * len(idle) > len(self._captured)
 
     def run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
         """As `Sessions.run`. Rows after the batch's own mean nothing, and features are good until the next run.
@@ -86,10 +99,12 @@ class GridRuns:
         raise BackendError(self._failed) from None
 
     def _run(self, key: tuple[int, int], waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
+        self._runs += 1
         known = self._captured.get(key)
         if known is None and not self._worth_it(key):
             return self._sessions.run(waveform, tokens)
         captured = known or self._capture(key, number=1 + len(self._captured))
+        captured.used = self._runs
         captured.waveform.update_inplace(waveform)
         captured.tokens.update_inplace(tokens)
         _launch(captured, captured.options)
@@ -105,7 +120,8 @@ class GridRuns:
         if len(self._seen) > _SEEN_SHAPES:
             self._seen.popitem(last=False)
         kept = sum(rows * samples for rows, samples in (*self._captured, key))
-        return again and kept <= _KEPT_SAMPLES and len(self._captured) < GRAPHS_KEPT
+        self._full = again and (kept > _KEPT_SAMPLES or len(self._captured) >= GRAPHS_KEPT)
+        return again and not self._full
 
     def _capture(self, key: tuple[int, int], number: int) -> _Captured:
         """Capture the graphs on silence: one that kept what it was captured on would be found out by `_check`."""
@@ -130,6 +146,7 @@ class GridRuns:
                 _bound(sessions.head, {"features": features, "num_tokens": tokens}, ("scores", scores)),
             ),
             options=run_options(self._ort, number),
+            used=self._runs,
         )
         _launch(captured, captured.options)
         return captured

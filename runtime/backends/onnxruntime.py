@@ -86,7 +86,13 @@ class OnnxRuntimeBackend(Backend):
         return work(*given) if self._owner is None else self._owner.submit(work, *given).result()
 
     def _begin(self, capturing: bool) -> None:
-        """Open sessions; where graphs are wanted, batches are in shapes of the grid, also if there are none."""
+        """Open sessions, once those that there were are gone, as their memory may be what is missing.
+
+        Where graphs are wanted, batches are in shapes of the grid, also if there are none.
+        """
+        self._grid = None
+        if vars(self).pop("_sessions", None) is not None:
+            gc.collect()
         self._sessions = self._open(capturing=capturing)
         if self._owner is not None:
             self._grid = GridRuns(self._onnxruntime, self._sessions, self._window_samples, self.precision)
@@ -96,22 +102,25 @@ class OnnxRuntimeBackend(Backend):
 
     def _try(self) -> None:
         """Capture a window of noise: who wants graphs hears now, and not after hours, that there are none."""
-        try:
-            self._begin(capturing=True)
-        except Exception as error:  # ONNX Runtime raises what it likes
-            self._do_without(str(error))
+        self._begin_capturing()
         noise = np.random.default_rng(0).normal(0, 0.1, (1, self._window_samples)).astype(np.float32)
         for _ in range(2):  # the first time, nobody knows that a shape comes again
             self._score(noise, np.array([self._window_samples]), embedded=False)
+
+    def _begin_capturing(self) -> None:
+        reason = None
+        try:
+            self._begin(capturing=True)
+        except Exception as error:  # ONNX Runtime raises what it likes
+            reason = str(error)
+        if reason is not None:
+            self._do_without(reason)
 
     def _do_without(self, reason: str) -> None:
         """Sessions that do not capture, in place of those that failed to; BackendError where that will not do."""
         if self._must_capture:
             raise BackendError(f"ONNX Runtime's CUDA graphs failed: {reason}; do without --cuda-graphs")
         print(f"aesanet: no CUDA graphs from here on, which is slower: {reason}", file=sys.stderr)
-        self._grid = None
-        vars(self).pop("_sessions", None)  # their memory may be what is missing
-        gc.collect()
         self._begin(capturing=False)
 
     def _score(self, waveform: np.ndarray, num_samples: np.ndarray, embedded: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -124,8 +133,11 @@ class OnnxRuntimeBackend(Backend):
         return scores[:batch], embeddings
 
     def _run(self, waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
-        if self._grid is None:
+        if self._owner is None:
             return self._sessions.run(waveform, tokens)
+        if self._grid is None or self._grid.outdated:
+            self._begin_capturing()
+        assert self._grid is not None
         if self._grid.capturing:
             reason = None
             try:
