@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers import random_model, tiny_config
 from hypothesis import settings
@@ -12,11 +13,15 @@ from machines import REAL, Simulated
 
 from aesanet.engines import load_library
 from aesanet.export.build import export_bundle
+from aesanet.lengths import SAMPLE_RATE
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.runtime.backends.compiled import support
 from aesanet.runtime.decode import ClipReader
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import Scorer
+from aesanet.training.dataset import find_audio
+from aesanet.training.labels import read_labels
+from aesanet.training.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 DEMO_CHECKPOINT = ROOT / "models" / "demo" / "demo.safetensors"
@@ -114,6 +119,30 @@ def half_bundle(tiny_checkpoint, clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundles") / "half.bundle"
     export_bundle(tiny_checkpoint, out, half_on=clips)
     return out
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Noise from faint to loud, labelled with its loudness; PC falls as it rises, and every third clip has no PQ."""
+    folder = tmp_path_factory.mktemp("training")
+    rng = np.random.default_rng(3)
+    with open(folder / "labels.csv", "w") as file:
+        print("path,CE,CU,PC,PQ", file=file)
+        for i in range(36):
+            level, seconds = (i * 7 % 36) / 35, rng.uniform(0.2, 1.2)
+            wave = 10 ** (-3 * (1 - level)) * 0.2 * rng.standard_normal(round(SAMPLE_RATE * seconds))
+            soundfile.write(folder / f"{i}.wav", wave.astype(np.float32), SAMPLE_RATE, subtype="FLOAT")
+            score = 1 + 8 * level
+            print(f"{i}.wav,{score},{score},{10 - score},{'' if i % 3 == 0 else score}", file=file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_clips(labelled):
+    """What is in that folder, as training takes it."""
+    found, missing = find_audio(read_labels([labelled / "labels.csv"]), labelled, labelled / "cache", Progress())
+    assert not missing
+    return found
 
 
 @pytest.fixture

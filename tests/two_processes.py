@@ -1,4 +1,4 @@
-"""One of the processes of some training runs; test_training starts them, as torchrun would.
+"""One of the processes of some training runs; test_processes starts them, as torchrun would.
 
 python two_processes.py FOLDER
 """
