@@ -12,6 +12,8 @@ from aesanet.lengths import WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, Affine, BEATsConfig, Calibration, HeadConfig
 from aesanet.runtime.rows import write_row
+from aesanet.training.joining import ScoredClips
+from aesanet.training.labels import LabelledClip
 
 
 def tiny_config(**beats):
@@ -245,3 +247,20 @@ def typed(path_or_model):
     values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     return proto.graph, types | {t.name: t.data_type for t in proto.graph.initializer}
+
+
+def label_of(name, scores=(1.0, 2.0, 3.0, 4.0), path="", system=None, ratings=None):
+    """A label; its path is its name unless another is given."""
+    return LabelledClip(name, name if path == "" else path, system, tuple(scores), ratings)
+
+
+def labelled_pairs(clips=40, systems=5, seed=0):
+    """Clips of some systems with six ratings each, and scores that follow their means."""
+    rng = np.random.default_rng(seed)
+    ratings = rng.integers(0, 11, (clips, 4, 6)).astype(float)
+    labels = [
+        label_of(f"{i:03}.wav", of_clip.mean(axis=1), system=f"s{i % systems}", ratings=of_clip)
+        for i, of_clip in enumerate(ratings)
+    ]
+    scores = ratings.mean(axis=2) * 0.5 + 3 + 0.3 * rng.normal(size=(clips, 4))
+    return ScoredClips(labels, scores, missing=0, unused=0)

@@ -1,35 +1,22 @@
-import itertools
 import json
 import math
 
 import msgspec
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from helpers import public_beats_file, random_model, tiny_config
+from helpers import label_of, labelled_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from aesanet.axes import AXES, AXIS_NAMES
 from aesanet.cli.main import cli, main
-from aesanet.errors import CheckpointError, InputError
-from aesanet.hashing import file_sha256
+from aesanet.errors import InputError
 from aesanet.metrics import rank_metrics
-from aesanet.models.aesanet import TRUNK_PREFIX
-from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
-from aesanet.models.config import Affine, Calibration
-from aesanet.models.public_beats import read_public
-from aesanet.training.calibration import apply_calibration, calibrate_checkpoint, fit_calibration
+from aesanet.models.checkpoint import load_checkpoint
 from aesanet.training.evaluation import evaluate, write_scatter
 from aesanet.training.joining import ScoredClips, join
 from aesanet.training.labels import LabelledClip
-
-
-def clip(name, scores=(1.0, 2.0, 3.0, 4.0), path="", system=None, ratings=None):
-    """A label; its path is its name unless another is given."""
-    return LabelledClip(name, name if path == "" else path, system, tuple(scores), ratings)
 
 
 def row(path, scores=(5, 6, 7, 8), **more):
@@ -50,36 +37,25 @@ def write(tmp_path):
     return write
 
 
-def some_pairs(clips=40, systems=5, seed=0):
-    rng = np.random.default_rng(seed)
-    ratings = rng.integers(0, 11, (clips, 4, 6)).astype(float)
-    labels = [
-        clip(f"{i:03}.wav", of_clip.mean(axis=1), system=f"s{i % systems}", ratings=of_clip)
-        for i, of_clip in enumerate(ratings)
-    ]
-    scores = ratings.mean(axis=2) * 0.5 + 3 + 0.3 * rng.normal(size=(clips, 4))
-    return ScoredClips(labels, scores, missing=0, unused=0)
-
-
 # Joining
 
 
 @pytest.mark.parametrize(
     ("label", "score"),
     [
-        (clip("d/a.wav"), row("d/a.wav")),
-        (clip("d/a.wav"), row("/data/all/d/a.wav")),
-        (clip("/your_path/d/a.wav", path="d/a.wav"), row("root/d/a.wav")),
-        (clip("d/a.wav"), row("/converted/d/a.flac")),
-        (clip("d/a"), row("x/d/a.flac")),
-        (clip("d/a.b.wav"), row("x/d/a.b")),
-        (clip("/abs/a.wav"), row("/abs/a.wav")),
-        (clip("id-7", path=None), row("x/id-7.wav")),
-        (clip("id-7.5", path=None), row("x/id-7.5.wav")),
-        (clip("id-7", path=None), row("x/id-7")),
-        (clip("id-7", path="d/a.wav"), row("elsewhere.wav", sample_id="id-7")),
-        (clip("id-7", path="d/a.wav"), row("elsewhere.wav", id="id-7")),
-        (clip("id-7", path="d/a.wav"), row("d/a.wav", id="another")),
+        (label_of("d/a.wav"), row("d/a.wav")),
+        (label_of("d/a.wav"), row("/data/all/d/a.wav")),
+        (label_of("/your_path/d/a.wav", path="d/a.wav"), row("root/d/a.wav")),
+        (label_of("d/a.wav"), row("/converted/d/a.flac")),
+        (label_of("d/a"), row("x/d/a.flac")),
+        (label_of("d/a.b.wav"), row("x/d/a.b")),
+        (label_of("/abs/a.wav"), row("/abs/a.wav")),
+        (label_of("id-7", path=None), row("x/id-7.wav")),
+        (label_of("id-7.5", path=None), row("x/id-7.5.wav")),
+        (label_of("id-7", path=None), row("x/id-7")),
+        (label_of("id-7", path="d/a.wav"), row("elsewhere.wav", sample_id="id-7")),
+        (label_of("id-7", path="d/a.wav"), row("elsewhere.wav", id="id-7")),
+        (label_of("id-7", path="d/a.wav"), row("d/a.wav", id="another")),
     ],
 )
 def test_a_score_finds_its_label(write, label, score):
@@ -93,11 +69,11 @@ def test_a_score_finds_its_label(write, label, score):
 @pytest.mark.parametrize("path", ["xd/a.wav", "a.wav", "d/a.wav/b", "d/A.wav", "other/a.wav"])
 def test_folders_are_compared_whole(write, path):
     with pytest.raises(InputError, match="1 of 1 labels have no score"):
-        join([clip("d/a.wav")], write(row(path)))
+        join([label_of("d/a.wav")], write(row(path)))
 
 
 def test_the_exact_name_goes_before_the_name_without_its_suffix(write):
-    labels = [clip("a.wav", (1, 1, 1, 1)), clip("a.mp3", (2, 2, 2, 2))]
+    labels = [label_of("a.wav", (1, 1, 1, 1)), label_of("a.mp3", (2, 2, 2, 2))]
     pairs = join(labels, write(row("x/a.mp3", (2, 2, 2, 2)), row("x/a.wav", (1, 1, 1, 1))))
     np.testing.assert_array_equal(pairs.true, pairs.scores)
 
@@ -114,11 +90,11 @@ def test_the_exact_name_goes_before_the_name_without_its_suffix(write):
 )
 def test_what_fits_two_is_refused_with_both(write, labels, rows, told):
     with pytest.raises(InputError, match=told):
-        join([clip(name) for name in labels], write(*rows))
+        join([label_of(name) for name in labels], write(*rows))
 
 
 def test_labels_without_a_score_are_counted_and_named(write):
-    labels = [clip(f"{name}.wav") for name in "abcdef"]
+    labels = [label_of(f"{name}.wav") for name in "abcdef"]
     scores = write(row("b.wav"), failed("a.wav"), row("z.wav"), {"line": "[", **failed("")})
     told = (
         r"5 of 6 labels have no score \(1 have an error row, 4 no row\): a.wav, c.wav, d.wav, \.\.\.; .*allow missing"
@@ -149,13 +125,13 @@ def test_what_is_no_row_of_scores_is_refused(tmp_path, text, told):
     path = tmp_path / "scores.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=told):
-        join([clip("a.wav")], path)
+        join([label_of("a.wav")], path)
 
 
 @settings(max_examples=10)
 @given(random=st.randoms())
 def test_the_order_of_rows_and_labels_changes_nothing(tmp_path_factory, random):
-    pairs = some_pairs(12, 3)
+    pairs = labelled_pairs(12, 3)
     rows = [row(f"/x/{c.id}", s) for c, s in zip(pairs.clips, pairs.scores, strict=True)]
     labels = list(pairs.clips)
     random.shuffle(rows)
@@ -172,7 +148,7 @@ def test_the_order_of_rows_and_labels_changes_nothing(tmp_path_factory, random):
 
 
 def test_the_32_numbers_are_those_of_the_metrics():
-    pairs = some_pairs()
+    pairs = labelled_pairs()
     result = evaluate(pairs, resamples=50)
     assert (result.clips, result.systems) == (40, 5)
     assert tuple(result.axes) == AXES
@@ -199,7 +175,7 @@ def test_the_32_numbers_are_those_of_the_metrics():
 
 
 def test_intervals_are_percentiles_of_seeded_draws():
-    pairs = some_pairs()
+    pairs = labelled_pairs()
     rng = np.random.default_rng(3)
     draws = [rank_metrics(*(m[i, 0] for m in (pairs.true, pairs.scores))).srcc for i in rng.integers(40, size=(60, 40))]
     found = evaluate(pairs, resamples=60, seed=3).axes["CE"].utterance.srcc
@@ -209,7 +185,7 @@ def test_intervals_are_percentiles_of_seeded_draws():
 
 
 def test_systems_weigh_the_same_whatever_their_clips():
-    labels = [clip(str(i), (i, 0, 0, 0), system=s) for i, s in enumerate("AAAABC")]
+    labels = [label_of(str(i), (i, 0, 0, 0), system=s) for i, s in enumerate("AAAABC")]
     scores = np.array([[0.0, 0, 0, 0]] * 4 + [[4.0, 0, 0, 0], [6.0, 0, 0, 0]])
     level = evaluate(ScoredClips(labels, scores, 0, 0), resamples=5).axes["CE"].system
     assert level.count == 3
@@ -219,9 +195,9 @@ def test_systems_weigh_the_same_whatever_their_clips():
 def test_what_has_no_number_has_a_reason_and_json_has_no_nan():
     nan = math.nan
     labels = [
-        clip("a", (1, 5, nan, nan), system="A"),
-        clip("b", (2, 5, 3, nan), system="B"),
-        clip("c", (3, 5, nan, nan)),
+        label_of("a", (1, 5, nan, nan), system="A"),
+        label_of("b", (2, 5, 3, nan), system="B"),
+        label_of("c", (3, 5, nan, nan)),
     ]
     scores = np.array([[1.0, 1, 1, 1], [1.0, 2, 1, 1], [1.0, 3, 1, 1]])
     result = evaluate(ScoredClips(labels, scores, 0, 0), resamples=5)
@@ -241,7 +217,7 @@ def test_what_has_no_number_has_a_reason_and_json_has_no_nan():
 
 
 def test_a_missing_label_leaves_a_clip_out_on_that_axis_alone():
-    pairs = some_pairs()
+    pairs = labelled_pairs()
     gap = list(pairs.clips)
     first = gap[0]
     ratings = first.ratings.copy()
@@ -263,7 +239,7 @@ def test_a_missing_label_leaves_a_clip_out_on_that_axis_alone():
 
 
 def test_an_interval_that_no_draw_gives_says_so():
-    labels = [clip("a", (1, 1, 1, 1)), clip("b", (2, 2, 2, 2))]
+    labels = [label_of("a", (1, 1, 1, 1)), label_of("b", (2, 2, 2, 2))]
     seed = next(s for s in range(99) if len(set(np.random.default_rng(s).integers(2, size=2))) == 1)
     level = evaluate(ScoredClips(labels, np.array([[1.0] * 4, [2.0] * 4]), 0, 0), resamples=1, seed=seed).axes["CE"]
     assert level.utterance.srcc.value == pytest.approx(1)
@@ -277,7 +253,7 @@ def test_the_ceiling_is_what_the_raters_agree_on():
     def pairs(noise, raters=(10,), clips=200):
         quality = rng.uniform(2, 8, (clips, 4, 1))
         ratings = [quality[i] + noise * rng.normal(size=(4, raters[i % len(raters)])) for i in range(clips)]
-        labels = [clip(str(i), r.mean(axis=1), system=str(i % 20), ratings=r) for i, r in enumerate(ratings)]
+        labels = [label_of(str(i), r.mean(axis=1), system=str(i % 20), ratings=r) for i, r in enumerate(ratings)]
         return ScoredClips(labels, np.array([c.scores for c in labels]), 0, 0)
 
     agreed = evaluate(pairs(0.0), resamples=1).axes["PQ"]
@@ -294,13 +270,13 @@ def test_the_ceiling_is_what_the_raters_agree_on():
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml")])
 def test_the_plot_is_a_picture(tmp_path, name, start):
-    pairs = some_pairs()
+    pairs = labelled_pairs()
     write_scatter(pairs, evaluate(pairs, resamples=1), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
 def test_a_plot_of_one_axis_without_systems(tmp_path):
-    labels = [clip(str(i), (i, math.nan, math.nan, math.nan)) for i in range(3)]
+    labels = [label_of(str(i), (i, math.nan, math.nan, math.nan)) for i in range(3)]
     pairs = ScoredClips(labels, np.ones((3, 4)), 0, 0)
     write_scatter(pairs, evaluate(pairs, resamples=1), tmp_path / "a.svg")
     for wrong in (tmp_path / "a.jpg", tmp_path / "none" / "a.png"):
@@ -308,134 +284,11 @@ def test_a_plot_of_one_axis_without_systems(tmp_path):
             write_scatter(pairs, evaluate(pairs, resamples=1), wrong)
 
 
-# Calibration
-
-
-def test_the_line_is_the_least_squares_one():
-    pairs = some_pairs()
-    true = pairs.true.copy()
-    true[::7, 2] = math.nan
-    found = fit_calibration(true, pairs.scores)
-    for a, axis in enumerate(AXES):
-        labelled = ~np.isnan(true[:, a])
-        scale, offset = np.polyfit(pairs.scores[labelled, a], true[labelled, a], 1)
-        assert getattr(found, axis).scale == pytest.approx(scale)
-        assert getattr(found, axis).offset == pytest.approx(offset)
-    moved = apply_calibration(found, pairs.scores)
-    before, after = (np.nanmean((true - s) ** 2, axis=0) for s in (pairs.scores, moved))
-    assert (after < before).all()
-
-
-def test_an_axis_without_labels_is_left_as_it_is():
-    pairs = some_pairs()
-    true = pairs.true.copy()
-    true[:, 2] = math.nan
-    assert Affine() == fit_calibration(true, pairs.scores).PC
-    assert fit_calibration(true, pairs.scores).PQ == fit_calibration(pairs.true, pairs.scores).PQ
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda t, s: t.__setitem__((slice(9, None), 1), math.nan), r"CU \(Content Usefulness\): 9 clips have a label"),
-        (lambda t, s: s.__setitem__((slice(None), 0), 4.0), "CE .*: all 40 scores are 4"),
-        (lambda t, s: t.__setitem__((slice(None), 3), 0.1), r"PQ .*: all 40 labels are 0\.1"),
-        (lambda t, s: np.negative(s, out=s), "CE .*: the best line has the slope -.*ranks clips the wrong way"),
-    ],
-)
-def test_what_cannot_be_calibrated_is_told_in_words(change, told):
-    pairs = some_pairs()
-    true, scores = pairs.true.copy(), pairs.scores.copy()
-    change(true, scores)
-    with pytest.raises(InputError, match=told):
-        fit_calibration(true, scores)
-
-
-def scores_of(model):
-    """Scores of 12 unequal clips, float64 [12, 4]."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.tensor([2_800 + 400 * i for i in range(12)])
-    with torch.inference_mode():
-        return model(0.1 * torch.randn(12, 8_000, generator=generator), lengths).double().numpy()
-
-
-LINES = st.builds(lambda scale, offset: Affine(scale=scale, offset=offset), st.floats(0.2, 5), st.floats(-5, 5))
-
-
-@settings(max_examples=20)  # each runs a network
-@given(calibration=st.builds(Calibration, CE=LINES, CU=LINES, PC=LINES, PQ=LINES))
-def test_a_calibrated_checkpoint_gives_the_line_of_its_scores_and_keeps_ranks(
-    tiny_model, tiny_checkpoint, tmp_path_factory, calibration
-):
-    out = tmp_path_factory.mktemp("calibrated") / "new.safetensors"
-    calibrate_checkpoint(tiny_checkpoint, out, calibration)
-    old, new = scores_of(tiny_model), scores_of(load_checkpoint(out))
-    np.testing.assert_allclose(new, apply_calibration(calibration, old), rtol=1e-5, atol=1e-5)
-    for i, j in itertools.combinations(range(len(old)), 2):
-        np.testing.assert_array_equal(np.sign(new[i] - new[j]), np.sign(old[i] - old[j]))
-
-
-def contents(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def test_calibrating_a_head_changes_its_config_alone(tmp_path):
-    config, beats = tiny_config(), tmp_path / "beats.pt"
-    public_beats_file(beats, config.beats, seed=3)
-    model = random_model(config, seed=4)
-    trunk = {TRUNK_PREFIX + key: value for key, value in read_public(beats)[1].items()}
-    model.load_state_dict(trunk, strict=False)
-    head, out = tmp_path / "head.safetensors", tmp_path / "new.safetensors"
-    save_checkpoint(model, head, file_sha256(beats))
-    line = Affine(scale=2.0, offset=-1.0)
-    calibrate_checkpoint(head, out, Calibration(CU=line, PC=line))
-
-    (old_header, old), (header, new) = contents(head), contents(out)
-    assert old.keys() == new.keys()
-    assert all(torch.equal(old[key], new[key]) for key in old)
-    assert old_header.keys() == header.keys()
-    changed = {key for key in header if header[key] != old_header[key]}
-    assert changed == {"aesanet_config"}
-    # The tiny model has CU = 0.875 s and PC = 1.25 s - 0.5 already.
-    found = json.loads(header["aesanet_config"])["head"].pop("calibration")
-    assert found["CU"] == {"scale": 1.75, "offset": -1.0}
-    assert found["PC"] == {"scale": 2.5, "offset": -2.0}
-    assert found["CE"] == {"scale": 1.0, "offset": 0.25}
-    before, after = json.loads(old_header["aesanet_config"]), json.loads(header["aesanet_config"])
-    del before["head"]["calibration"], after["head"]["calibration"]
-    assert before == after
-    np.testing.assert_allclose(
-        scores_of(load_checkpoint(out, beats)), scores_of(model) * [1, 2, 2, 1] + [0, -1, -1, 0], rtol=1e-5
-    )
-
-
-def test_a_checkpoint_that_cannot_be_calibrated_leaves_nothing(tiny_checkpoint, tmp_path):
-    training, torn = tmp_path / "a.pt", tmp_path / "torn.safetensors"
-    torch.save({"config": {}, "state_dict": {}}, training)
-    torn.write_bytes(tiny_checkpoint.read_bytes()[:-10])
-    before = sorted(tmp_path.iterdir())
-    for checkpoint, told in (
-        (training, r"a\.pt: not one of aesanet's \.safetensors"),
-        (torn, "torn.safetensors: not a safetensors file"),
-        (tmp_path / "none.safetensors", "no such file"),
-    ):
-        with pytest.raises(CheckpointError, match=told):
-            calibrate_checkpoint(checkpoint, tmp_path / "new.safetensors", Calibration())
-    with pytest.raises(InputError, match=r"torn\.safetensors: exists; give another name"):
-        calibrate_checkpoint(tiny_checkpoint, torn, Calibration())
-    with pytest.raises(InputError, match="its suffix is ''; a checkpoint is known by"):
-        calibrate_checkpoint(tiny_checkpoint, tmp_path / "new", Calibration())
-    with pytest.raises(InputError, match="is no folder; make it first"):
-        calibrate_checkpoint(tiny_checkpoint, tmp_path / "none" / "new.safetensors", Calibration())
-    assert sorted(tmp_path.iterdir()) == before
-
-
 def test_equal_means_of_systems_are_ties():
     """Means of tenths, summed in floating point, would differ in their last digit."""
     tenths = {"A": (0.1, 0.2, 0.3), "B": (0.3, 0.2, 0.1), "C": (0.5, 0.5, 0.5)}
     assert len({sum(values) for values in tenths.values()}) == 3
-    labels = [clip(f"{s}{i}", (v, 1, 1, 1), system=s) for s, values in tenths.items() for i, v in enumerate(values)]
+    labels = [label_of(f"{s}{i}", (v, 1, 1, 1), system=s) for s, values in tenths.items() for i, v in enumerate(values)]
     scores = np.array([[ord(c.system)] * 4 for c in labels], dtype=float)
     level = evaluate(ScoredClips(labels, scores, 0, 0), resamples=1).axes["CE"].system
     assert level.ktau.value == pytest.approx(2 / math.sqrt(2 * 3))
@@ -447,7 +300,7 @@ def test_equal_means_of_systems_are_ties():
 @pytest.fixture
 def files(write, tmp_path):
     """A label file with ratings and systems, and scores that follow it at half the slope."""
-    pairs = some_pairs()
+    pairs = labelled_pairs()
     labels = write(
         *(
             {"path": c.path, "system": c.system}
