@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whenever the process is killed."""
 
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes the path's place when the block ends, and goes if the block fails."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same cache
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # several processes may write the same cache
     try:
         with naming(path):
             yield beside

@@ -117,10 +117,15 @@ def compute_capability() -> float:
 
 
 def _gpus_here() -> list[Gpu]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
+        raise BackendError("none (CUDA_VISIBLE_DEVICES hides all)")  # from CUDA, but not from NVIDIA's tool
     try:
-        return [cuda_gpu(load_cuda(), ordinal=0)]
-    except BackendError:  # no cuda-python, or one that wants a newer driver than others here do
+        cuda = load_cuda()
+    except BackendError:
         return list_gpus()
+    if cuda.cudaGetDeviceCount()[0] == cuda.cudaError_t.cudaErrorInsufficientDriver:
+        return list_gpus()  # it wants a newer driver than others here do
+    return [cuda_gpu(cuda, ordinal=0)]
 
 
 def processor_name() -> str:

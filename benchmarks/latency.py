@@ -124,7 +124,8 @@ def measure_cold_start(bundle: Path, options: Mapping[str, Any], repeats: int) -
     for _ in range(repeats):
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode != 0:
-            raise BackendError(f"a fresh process cannot score: {found.stderr.strip().splitlines()[-1]}")
+            told = found.stderr.strip() or f"it ended with status {found.returncode} and said nothing"
+            raise BackendError(f"a fresh process cannot score: {told.splitlines()[-1]}")
         runs.append([1000 * float(part) for part in found.stdout.split()])
     medians = [round(statistics.median(part), 1) for part in zip(*runs, strict=True)]
     names = ("import_milliseconds", "open_milliseconds", "first_score_milliseconds")

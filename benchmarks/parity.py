@@ -23,7 +23,7 @@ from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import AESANet
 from aesanet.models.fbank import FrontEnd
 from aesanet.runtime.backends.base import Backend, BundleFiles, Precision
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Row
 from aesanet.runtime.windows import pad_batch, split_windows
 
@@ -99,7 +99,7 @@ def _room_told() -> Iterator[None]:
 def _windows_of(row: Row, policy: WindowPolicy) -> Iterator[tuple[str, np.ndarray]]:
     try:
         clip = row.clip()
-        for number, samples in enumerate(split_windows(ClipReader(clip), policy)):
+        for number, samples in enumerate(split_windows(clip_blocks(clip), policy)):
             if len(samples) >= MIN_SAMPLES:
                 yield _printable(f"{clip.path}, window {number + 1}"), samples
     except ClipError as error:

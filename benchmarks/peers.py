@@ -37,7 +37,7 @@ from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
 from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import CudaGraphs, Device
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
 
@@ -229,20 +229,27 @@ def _seconds(file: str) -> float:
         raise InputError(f"{file}: {error.error_string} All contestants but aesanet read with libsndfile") from None
 
 
+def _samples(file: str) -> np.ndarray:
+    try:
+        return np.concatenate(list(clip_blocks(Clip(file))))
+    except ClipError as error:
+        raise InputError(f"{file}: {error.message}") from None
+
+
 def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Work:
     """The checkpoint, its bundle with all that engines of the device need, and audio for the largest batch."""
     checkpoint, bundle = plan.checkpoint, folder / "bundle"
+    largest = max(plan.batches)
+    clips = [_samples(path) for path in files[:largest]]
     if checkpoint is None:
         checkpoint = folder / "untrained-base.safetensors"
         save_checkpoint(untrained_model(AESANetConfig(), seed=0), checkpoint)
     on_gpu = plan.device == "cuda"
-    recordings = [np.concatenate(list(ClipReader(Clip(str(path))))) for path in samples()[:2]] if on_gpu else []
+    recordings = [_samples(str(path)) for path in samples()[:2]] if on_gpu else []
     export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
     if on_gpu and supported_backends()["tensorrt"].runs:
         compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
     model = load_checkpoint(checkpoint)
-    largest = max(plan.batches)
-    clips = [np.concatenate(list(ClipReader(Clip(path)))) for path in files[:largest]]
     length = round(CLIP_SECONDS * SAMPLE_RATE)
     waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(largest)])
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import soundfile
 from aesanet.benchmarks.page import text
 from aesanet.errors import ClipError
 from aesanet.lengths import SAMPLE_RATE
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip, Row
 
 
@@ -46,7 +46,7 @@ class Players:
     def _excerpt(self, clip: Clip) -> bytes:
         end = (clip.start_seconds or 0.0) + self.seconds
         end = end if clip.end_seconds is None else min(end, clip.end_seconds)
-        samples = np.concatenate(list(ClipReader(replace(clip, end_seconds=end))))
+        samples = np.concatenate(list(clip_blocks(replace(clip, end_seconds=end))))
         file = io.BytesIO()
         soundfile.write(file, np.clip(samples, -1, 1), SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III")
         return file.getvalue()

@@ -6,7 +6,7 @@ from typing import Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from aesanet.benchmarks.records import read_rows_of
+from aesanet.benchmarks.records import measured_on, read_rows_of
 from aesanet.benchmarks.report import cells_of, part_of
 from aesanet.errors import InputError
 
@@ -35,7 +35,7 @@ def plot_speeds(path: Path, out: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"x real time ({rows[0]['gpu'] or rows[0]['processor']})")
+    axes.set_xlabel(f"x real time ({measured_on(rows[0])})")
     if any(shapes):
         axes.legend(frameon=False, loc="best")
     try:

@@ -39,6 +39,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def measured_on(row: Mapping[str, str]) -> str:
+    """The GPU of a row that was measured on one, and else the processor."""
+    device = row.get("device") or row.get("engine", "")
+    return row["gpu"] if "cuda" in device.split() and row["gpu"] else row["processor"]
+
+
 def clocks() -> dict[str, Any]:
     """`CLOCKS`, in MHz: to be asked as soon as something has been measured."""
     try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from aesanet.benchmarks.records import read_rows_of
+from aesanet.benchmarks.records import measured_on, read_rows_of
 from aesanet.errors import InputError
 
 Row: TypeAlias = Mapping[str, str]
@@ -62,9 +62,7 @@ def update(document: Path) -> bool:
 
 def _where(rows: Sequence[Row]) -> str:
     """The machines of a table, and what its weights are."""
-    machines = dict.fromkeys(
-        f"{row['gpu'] or row['processor']}, {row.get('cores') or row.get('threads')} cores" for row in rows
-    )
+    machines = dict.fromkeys(f"{measured_on(row)}, {row.get('cores') or row.get('threads')} cores" for row in rows)
     weights = dict.fromkeys(row["weights"] for row in rows)
     dates = sorted({row["date"][:10] for row in rows})
     return f"{'; '.join(machines)}; {' and '.join(weights)} weights; {' and '.join(dates)}."

@@ -1,8 +1,9 @@
 """`aesanet doctor`: what works on this machine, and how to get what does not."""
 
 import platform
+import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import click
 
@@ -11,13 +12,8 @@ from aesanet.engines import Flavour, library_version
 from aesanet.errors import BackendError
 from aesanet.machine import list_gpus, processor_name, usable_cores
 
-# What to install for a command, and the packages that it then finds.
-_PACKAGES = {
-    "aesanet": ("numpy", "soundfile", "soxr", "msgspec"),
-    "aesanet[export]": ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"),
-    "aesanet[gpu]": ("onnxruntime-gpu", "cuda-python", "tensorrt"),
-    "aesanet[rtx]": ("cuda-python", "tensorrt-rtx"),
-}
+_EXTRAS = ("", "export", "gpu", "rtx", "parquet")  # as users install them; what engines need is told with these
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[(\w+)\])?")
 _LIBRARIES: dict[str, Flavour] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
@@ -42,8 +38,9 @@ def doctor() -> None:
         click.echo(f"  {head}:{f' {runs}' if runs else ''} ({support.detail})")
 
     click.echo("\npackages")
-    for install, packages in _PACKAGES.items():
-        found = {package: _version(package) for package in packages}
+    for extra in _EXTRAS:
+        install = f"aesanet[{extra}]" if extra else "aesanet"
+        found = {package: _version(package) for package in _required(extra)}
         missing = " ".join(package for package, version in found.items() if version is None)
         there = ", ".join(f"{package} {version}" for package, version in found.items() if version is not None)
         remedy = f"{missing} missing: pip install '{install}'" if missing else ""
@@ -54,6 +51,22 @@ def doctor() -> None:
         click.echo(f"  {line}")
     if not any(support.runs for support in supported.values()):
         raise BackendError("no engine is installed: pip install 'aesanet[cpu]' or 'aesanet[openvino]'")
+
+
+def _required(extra: str) -> list[str]:
+    """The packages that aesanet, or one of its extras, is installed with; none where it is not installed."""
+    try:
+        lines = requires("aesanet") or []
+    except PackageNotFoundError:
+        return []
+    found: list[str] = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        of_extra = re.search(r"extra == [\"'](\w+)", marker)
+        named = _REQUIREMENT.match(requirement)
+        if named is not None and (of_extra[1] if of_extra else "") == extra:
+            found += _required(named[2]) if named[1] == "aesanet" else [named[1]]
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -22,7 +22,7 @@ _labels = click.option(
     help="A label file (.csv, .tsv, .jsonl): a path or sample_id, and axes by name. May be given several times.",
 )
 _scores = click.option(
-    "--scores", required=True, type=click.Path(path_type=Path), help="The JSON lines that `aesanet score` wrote."
+    "--scores", required=True, type=click.Path(path_type=Path), help="What `aesanet score` wrote: .jsonl or .parquet."
 )
 _allow_missing = click.option("--allow-missing", is_flag=True, help="Leave labels without a score out.")
 
@@ -105,7 +105,7 @@ def _join(labels: tuple[Path, ...], scores: Path, allow_missing: bool) -> "Score
         from aesanet.training.joining import join
         from aesanet.training.labels import read_labels
 
-    pairs = join(read_labels(labels), scores, allow_missing)
+    pairs = join(read_labels(labels), scores, allow_missing, note)
     if pairs.missing:
         note(f"{pairs.missing} labels have no score and are left out")
     if pairs.unused:

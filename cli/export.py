@@ -73,7 +73,7 @@ def _clips(inputs: tuple[str, ...]) -> "Iterator[np.ndarray]":
 
     from aesanet.lengths import MIN_SAMPLES
     from aesanet.models import demo
-    from aesanet.runtime.decode import ClipReader
+    from aesanet.runtime.decode import clip_blocks
     from aesanet.runtime.inputs import read_rows
 
     long_enough = too_short = 0
@@ -82,7 +82,7 @@ def _clips(inputs: tuple[str, ...]) -> "Iterator[np.ndarray]":
             clip = row.clip()
             start = clip.start_seconds or 0.0
             until = min(clip.end_seconds or math.inf, start + AUDIO_SECONDS)
-            blocks = list(ClipReader(replace(clip, end_seconds=until)))
+            blocks = list(clip_blocks(replace(clip, end_seconds=until)))
         except ClipError as error:
             raise InputError(f"{row.given.get('path')}: {error.message}; --audio must be readable") from None
         if sum(map(len, blocks)) < MIN_SAMPLES:

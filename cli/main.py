@@ -17,9 +17,9 @@ from aesanet.interrupts import interrupt_on_sigterm
 _COMMANDS = {
     "export": ("export", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
     "compile": ("compile", "Compile a bundle's FP16 graphs to engines for NVIDIA GPUs, with TensorRT or TensorRT-RTX."),
-    "build": ("build", "Export with FP16 graphs, then compile: checkpoint to engines in one command."),
+    "build": ("build", "Export with FP16 graphs, compile and verify: checkpoint to engines in one command."),
     "verify": ("verify", "Hold a bundle's scores to its checkpoint's, on every engine that runs here."),
-    "bench": ("bench", "Time batches and cold starts of a bundle here, and compare what was measured."),
+    "bench": ("bench", "Time a bundle here, from cold starts to whole runs, beside its peers, and compare."),
     "score": ("score", "Score audio files with a bundle: CE, CU, PC, PQ a clip."),
     "report": ("report", "Make a page of scores: distributions, correlations, clips to hear, errors."),
     "select": ("select", "Keep the rows of score files that pass: a manifest."),

@@ -87,8 +87,8 @@ def score(
 ) -> None:
     """Score audio with BUNDLE, one output row an input row, in order.
 
-    INPUTS are audio files, folders, globs, manifests (.jsonl, .csv, .tsv, .parquet with a `path` and perhaps
-    `start_time` and `end_time` in seconds) or `-` for JSON lines or plain paths on standard input.
+    INPUTS are audio files, folders, globs, tars of audio, manifests (.jsonl, .csv, .tsv, .parquet with a `path` and
+    perhaps `start_time` and `end_time` in seconds) or `-` for JSON lines or plain paths on standard input.
 
     Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start or go on, 130 interrupted.
     """

@@ -8,12 +8,12 @@ from typing import Any, Protocol, TextIO
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
+from aesanet.runtime.inputs import PARQUET_SUFFIX
 from aesanet.runtime.output import RowFile, State, Tally, read_state
 from aesanet.runtime.results import LONG_KEYS
-from aesanet.runtime.rows import Row, row_line, write_row
+from aesanet.runtime.rows import Row, own_keys, row_line, write_row
 
 _NAME_WIDTH = 48
-_PARQUET = ".parquet"
 
 
 class Sink(Protocol):
@@ -111,8 +111,11 @@ class ParquetFile(RowFile):
             super()._cut(num_bytes)
 
     def _comparable(self, row: Mapping[str, Any]) -> str:
-        """As `RowFile._comparable`; columns have types of their own, and what is null is not there."""
-        return row_line({key: str(row[key]) for key in ("path", "member", "line") if row.get(key) is not None})
+        """As `RowFile._comparable`; of what comes from columns null is nothing, and one number like another."""
+        if not self.finished:
+            return super()._comparable(row)
+        own = {self._parquet.utf8(key): value for key, value in own_keys(row).items() if value is not None}
+        return row_line({key: _number(own[key]) for key in sorted(own)})
 
 
 def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:
@@ -120,7 +123,7 @@ def open_sink(out: Path | None, layout: str, run: Mapping[str, Any]) -> Sink:
     if out is None:
         return Stdout(table=layout == "table" or (layout == "auto" and sys.stdout.isatty()))
     try:
-        return (ParquetFile if out.suffix == _PARQUET else RowFile)(out, run)
+        return (ParquetFile if out.suffix.lower() == PARQUET_SUFFIX else RowFile)(out, run)
     except OSError as error:
         raise InputError(f"{out}: {error.strerror}") from None
 
@@ -142,6 +145,11 @@ def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str
         raise InputError(f"{out}: an unfinished run is there; give --resume to go on, or --overwrite to start anew")
     if out.exists():
         raise InputError(f"{out}: exists; give --overwrite to replace it, or another name")
+
+
+def _number(value: Any) -> Any:
+    """An integer as the float that a column has in its place where others of it are; anything else as it is."""
+    return float(value) if type(value) is int and abs(value) <= 2**53 else value
 
 
 def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option("--learning-rate", type=Finite(), default=1e-4, show_default=True)
 @click.option("--epochs", type=int, default=100, show_default=True, help="At most.")
 @click.option("--patience", type=int, default=10, show_default=True, help="Epochs without a lower validation MSE.")
-@click.option("--seed", type=click.IntRange(-(2**63), 2**63 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--triplet", type=click.Choice(["random", "hardest", "none"]), default="random", show_default=True)
 @click.option("--triplet-axis", type=click.Choice(["mean", *AXES]), default="mean", show_default=True)
 @click.option("--triplet-weight", type=Finite(), default=0.2, show_default=True)

@@ -88,7 +88,8 @@ def verify(
     note(f"scoring {len(windows)} windows with PyTorch")
     reference = reference_scores(model, windows)
     found = {}
-    for kind, precision, open_engine in _engines(files, backend):
+    for announced, precision, open_engine in _engines(files, backend):
+        kind = announced
         try:
             engine = open_engine()
         except EngineMisfitError as error:
@@ -107,7 +108,7 @@ def verify(
             if engine.kind != kind:  # its CUDA graphs failed on the way, and it went on without
                 continue
         found[kind] = (result, scores)
-        _keep(bundle, {kind: result})
+        _keep(bundle, kind, result, announced)
         click.echo(_line(kind, result))
     if not found:
         raise BackendError("no engine here runs this bundle; see `aesanet doctor`")
@@ -237,13 +238,20 @@ def _line(name: str, result: Any) -> str:
     )
 
 
-def _keep(bundle: Path, found: dict[str, Any]) -> None:
-    """Enter the results into the manifest as it is now; a bundle that cannot be written is told and goes without."""
+def _keep(bundle: Path, kind: str, result: Any, announced: str) -> None:
+    """Enter a result into the manifest as it is now; a bundle that cannot be written is told and goes without.
+
+    announced : what the engine was called before it was opened, as which it may once have failed to be
+    """
     import msgspec
 
     from aesanet.export.writer import change_manifest
 
+    def enter(manifest: "Manifest") -> "Manifest":
+        others = {name: before for name, before in manifest.verified.items() if name != announced}
+        return msgspec.structs.replace(manifest, verified=others | {kind: result})
+
     try:
-        change_manifest(bundle, lambda manifest: msgspec.structs.replace(manifest, verified=manifest.verified | found))
+        change_manifest(bundle, enter)
     except OSError as error:
         note(f"{bundle}: what was found cannot be kept in it: {error.strerror}")

@@ -80,7 +80,8 @@ def measure_parity(model: AESANet, folder: Path) -> Parity:
             "the exported graphs do not give the model's scores: "
             f"features differ by {parity.features_relative:.1e} (relatively; limit {FEATURES_LIMIT:.0e}), "
             f"scores by {parity.scores_max_abs:.1e} (limit {SCORES_LIMIT:.0e}); "
-            "no bundle was written; try the tool versions of the README, and report it with this checkpoint's config"
+            "no bundle was written; try the versions that `pip install aesanet[export]` takes, and report it with this "
+            "checkpoint's config"
         )
     return parity
 

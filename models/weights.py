@@ -14,10 +14,16 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def existing_file(path: str | Path) -> Path:
-    """The path itself; raises CheckpointError unless it is a regular file."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: " + ("not a regular file" if Path(path).exists() else "no such file"))
-    return Path(path)
+    """The path itself; raises CheckpointError unless it is a regular file that can be read."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise CheckpointError(f"{path}: not a regular file")
+        with open(path, "rb"):
+            return Path(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
@@ -26,7 +32,7 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's doubts about a file that is refused next
             content = torch.load(existing_file(path), map_location="cpu", weights_only=True)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception:  # a damaged pickle raises whatever its bytes happen to say
         raise CheckpointError(

@@ -76,28 +76,14 @@ def decode(
             yield index, error
 
 
-class ClipReader:
-    """Streams one clip; `seconds`, `claimed_seconds` and `truncated` are known when the iteration has ended.
-
-    Iterating yields float32 [samples] blocks, mono (the mean of the channels), 16 kHz, and raises ClipError.
-    """
-
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-        self.seconds = 0.0  # of the clip, as decoded
-        self.claimed_seconds: float | None = None  # of the clip, by the file's header; None where it says nothing
-        self.truncated = False  # did the file end before its header said?
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        with closing(decode([self.clip])) as parts:
-            for _, part in parts:
-                if isinstance(part, ClipError):
-                    raise part
-                if isinstance(part, Heard):
-                    self.seconds, self.claimed_seconds = part.seconds, part.header_seconds
-                    self.truncated = part.truncated
-                else:
-                    yield part
+def clip_blocks(clip: Clip) -> Iterator[np.ndarray]:
+    """One clip as float32 [samples] blocks, mono (the mean of the channels), 16 kHz; raises ClipError."""
+    with closing(decode([clip])) as parts:
+        for _, part in parts:
+            if isinstance(part, ClipError):
+                raise part
+            if not isinstance(part, Heard):
+                yield part
 
 
 def checked_mono(block: np.ndarray) -> np.ndarray:

@@ -102,7 +102,10 @@ def _json_row(text: str) -> Row:
     try:
         given = parse_json(text)
     except (ValueError, RecursionError) as error:
-        return Row({"line": text}, ClipError("bad_row", f"not a JSON object: {error}"))
+        if text.lstrip().startswith("[") and isinstance(error, ValueError):
+            return Row({"path": text})  # as names of recordings may begin
+        reason = f'not a JSON object: {error}; a path that starts so is to be given as {{"path": ...}}'
+        return Row({"line": text}, ClipError("bad_row", reason))
     if not isinstance(given, dict):
         return Row({"line": text}, ClipError("bad_row", f"a JSON {type(given).__name__}; it must be an object"))
     return Row(given)

@@ -201,7 +201,7 @@ def read_state(name: Path) -> State | None:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except FileNotFoundError:
         return None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: {error}; give --overwrite to start anew") from None
     if state.format != _FORMAT:
         raise InputError(f"{path}: of another version; give --overwrite to start anew")

@@ -191,7 +191,7 @@ def _schema(jsonl_path: str | Path) -> pa.Schema:
     for row in _lines(jsonl_path):
         for key, value in row.items():
             if key not in OUTPUT_KEYS:
-                found = kinds[_utf8(key)]
+                found = kinds[utf8(key)]
                 if value is not None:
                     found.add(_kind(value))
     own = {key: _OWN_TYPES.get(frozenset(found), _JSON) for key, found in kinds.items()}
@@ -200,7 +200,7 @@ def _schema(jsonl_path: str | Path) -> pa.Schema:
 
 def _kind(value: Any) -> str:
     if isinstance(value, str):
-        return "str" if _utf8(value) == value else "other"
+        return "str" if utf8(value) == value else "other"
     if isinstance(value, int) and not isinstance(value, bool):
         if abs(value) <= _EXACT_INTEGER:
             return "int"
@@ -219,7 +219,7 @@ def _batches(jsonl_path: str | Path, schema: pa.Schema) -> Iterator[pa.RecordBat
 
 
 def _cells(row: dict[str, Any], as_json: set[str]) -> dict[str, Any]:
-    cells = {_utf8(key): value for key, value in row.items()}
+    cells = {utf8(key): value for key, value in row.items()}
     return {
         key: json.dumps(value) if key in as_json and value is not None else _told(value) for key, value in cells.items()
     }
@@ -229,9 +229,9 @@ def _told(value: Any) -> Any:
     """A value whose texts UTF-8 can hold: scoring's own messages may name a file that it cannot."""
     if isinstance(value, dict):
         return {key: _told(item) for key, item in value.items()}
-    return _utf8(value) if isinstance(value, str) else value
+    return utf8(value) if isinstance(value, str) else value
 
 
-def _utf8(text: str) -> str:
+def utf8(text: str) -> str:
     """Text that UTF-8 can hold: what it cannot, as escapes."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

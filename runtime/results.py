@@ -62,12 +62,12 @@ def read_results(files: Sequence[str], note: Note = lambda _: None) -> Iterator[
     four finite scores and its seconds nor an error.
     """
     for name in files:
-        for place, row in _rows(name, note):
+        for place, row in output_rows(name, note):
             yield _result(place, row)
 
 
-def _rows(name: str, note: Note) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, and where each stands."""
+def output_rows(name: str, note: Note) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a file stands, and the row without its long lists, whatever is in it; as `read_results`."""
     if name.lower().endswith(PARQUET_SUFFIX):
         from aesanet.runtime.parquet import read_parquet
 

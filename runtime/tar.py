@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
+from threading import Lock
 
 from aesanet.errors import ClipError
 from aesanet.runtime.files import is_audio, open_regular
@@ -41,10 +42,14 @@ def tar_rows(path: str) -> Iterator[Row]:
 def find_member(path: str, descriptor: int, member: str) -> tuple[int, int]:
     """Where in an open tar a member's bytes are, as offset and size; raises ClipError."""
     stat = os.fstat(descriptor)
-    places, damage = _index(path, stat.st_size, stat.st_mtime_ns)
+    with _INDEXING:
+        places, damage = _index(path, stat.st_size, stat.st_mtime_ns)
     if member not in places:
         raise damage or ClipError("not_found", "no such member in the tar")
     return places[member]
+
+
+_INDEXING = Lock()  # one thread reads a tar's headers, and those that want the same wait for it
 
 
 @lru_cache(NUM_INDEXES)

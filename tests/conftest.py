@@ -16,7 +16,7 @@ from aesanet.export.build import export_bundle
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.runtime.backends.compiled import support
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.scorer import Scorer
 from aesanet.training.dataset import find_audio
@@ -110,7 +110,7 @@ def demo_bundle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips():
     """The first two seconds of every recording, float32 [samples] at 16 kHz."""
-    return [np.concatenate(list(ClipReader(Clip(str(path), 0.0, 2.0)))) for path in RECORDINGS]
+    return [np.concatenate(list(clip_blocks(Clip(str(path), 0.0, 2.0)))) for path in RECORDINGS]
 
 
 @pytest.fixture(scope="session")

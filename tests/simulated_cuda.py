@@ -276,6 +276,9 @@ class SimulatedCuda:
     def cudaGetDevice(self):  # noqa: N802
         return *OK, getattr(self.current, "ordinal", 0)
 
+    def cudaGetDeviceCount(self):  # noqa: N802
+        return *OK, 2
+
     def cudaSetDevice(self, device):  # noqa: N802
         self.current.ordinal = device
         return OK

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import subprocess
 import sys
 
 import msgspec
@@ -21,6 +22,7 @@ from aesanet.benchmarks.latency import (
     Cell,
     compare,
     latency_row,
+    measure_cold_start,
     measure_latency,
     median_interval,
 )
@@ -281,6 +283,13 @@ def test_a_cold_start_is_of_a_fresh_process(tiny_bundle, tmp_path, capsys):
     assert f"import {row['import_milliseconds']} ms, open" in capsys.readouterr().out
 
 
+def test_a_process_that_ends_without_a_word_is_told(tiny_bundle, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr("aesanet.benchmarks.latency.subprocess.run", lambda *arguments, **options: killed)
+    with pytest.raises(BackendError, match="a fresh process cannot score: it ended with status -9 and said nothing"):
+        measure_cold_start(tiny_bundle, {}, 1)
+
+
 def latency_csv(path, **changed):
     """One row for each engine, of a p50 of 10 ms between 9 and 11."""
     row = dict.fromkeys(LATENCY_COLUMNS, "x") | {
@@ -385,13 +394,14 @@ COLD = {
 
 
 def test_a_report_is_of_the_files_and_says_where_they_were_measured(tmp_path, capsys):
-    write_csv(tmp_path / "cold.csv", COLD, COLD | {"engine": "slide rule", "gpu": "A Loom"})
+    on_gpu = {"engine": "slide rule cuda", "gpu": "A Loom"}
+    write_csv(tmp_path / "cold.csv", COLD | {"gpu": "A Loom"}, COLD | on_gpu)
     assert run("bench", "report", tmp_path / "cold.csv") == 0
     assert capsys.readouterr().out.splitlines() == [
         "| engine | import, ms | open, ms | first score, ms |",
         "| --- | --- | --- | --- |",
         "| beads 1.0 | 12.3 | 1,234 | 0.57 |",
-        "| slide rule | 12.3 | 1,234 | 0.57 |",
+        "| slide rule cuda | 12.3 | 1,234 | 0.57 |",
         "",
         "An Abacus, 3 cores; A Loom, 3 cores; untrained weights; 2026-01-02.",
         "",

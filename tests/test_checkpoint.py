@@ -120,6 +120,8 @@ def test_files_of_another_kind(tmp_path, tiny_model):
     for name, told in {
         "none.pt": "no such file",
         ".": "not a regular file",
+        "text.pt/x.safetensors": "cannot be read: Not a directory",
+        f"{'x' * 300}.pt": "cannot be read: File name too long",
         "text.safetensors": "not a safetensors file",
         "text.pt": "not a PyTorch file",
         "bytes.pt": "not a PyTorch file",

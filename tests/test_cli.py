@@ -200,7 +200,9 @@ def test_doctor_tells_versions_engines_and_codecs():
         "onnxruntime",
         "openvino",
         "cpu fp32",
+        "aesanet[parquet]: pyarrow ",
         "torch 2.",
+        "polygraphy 0.",
         "decodes wav, flac, vorbis, opus, mp3",
     ):
         assert told in out

@@ -227,6 +227,27 @@ def test_verify_leaves_out_what_is_for_others_and_fails_what_is_broken(
     out, err = capsys.readouterr()
     assert ("the bundle's compiled engines are left out: engine" in err) == (status == 0)
     assert ("tensorrt cuda fp16: FAILED; it cannot load the bundle: " in out) == (status == 1)
+    if not capabilities:
+        assert "tensorrt cuda fp16" in read_manifest(bundle).verified
+        add()
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "tensorrt cuda fp16" not in read_manifest(bundle).verified  # which was said of no engine by its key
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_library_that_is_broken_does_not_keep_the_other_from_running(monkeypatch):
+    def load(flavour):
+        if flavour == "tensorrt":
+            raise BackendError("libnvinfer.so.11: cannot open shared object file")
+        return working(flavour)
+
+    working = room.load_library
+    monkeypatch.setattr(room, "library_version", lambda flavour: "1.0")
+    monkeypatch.setattr(room, "load_library", load)
+    assert support().runs == (("cuda", "fp16"),)
+    monkeypatch.setattr(room, "load_library", lambda flavour: load("tensorrt"))
+    assert "cannot run: libnvinfer.so.11: cannot open" in support().detail
 
 
 def test_verify_holds_a_compiled_engine_to_the_checkpoint(compiled, tiny_checkpoint, capsys):

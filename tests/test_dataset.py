@@ -90,7 +90,7 @@ def test_lengths_are_remembered_and_survive_a_torn_line(root, tmp_path, monkeypa
     assert [one.num_samples for one in first] == [round(SAMPLE_RATE * s) for s in SECONDS.values()]
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
-    monkeypatch.setattr(dataset, "ClipReader", None)  # nothing is decoded again
+    monkeypatch.setattr(dataset, "clip_blocks", None)  # nothing is decoded again
     again, _ = find_audio(clips, moved, tmp_path / "cache", SILENT)
     assert [(one.sha256, one.num_samples) for one in again] == [(one.sha256, one.num_samples) for one in first]
 
@@ -100,7 +100,7 @@ def test_what_went_wrong_is_not_remembered(root, tmp_path, monkeypatch):
         raise ClipError("not_readable", "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "ClipReader", broken)
+        patch.setattr(dataset, "clip_blocks", broken)
         assert [one.code for one in find_audio([clip("a.wav")], root, tmp_path, SILENT)[1]] == ["not_readable"]
     assert len(find_audio([clip("a.wav")], root, tmp_path, SILENT)[0]) == 1
 

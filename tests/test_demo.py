@@ -18,7 +18,7 @@ from aesanet.errors import InputError
 from aesanet.hashing import file_sha256
 from aesanet.metrics import rank_metrics
 from aesanet.models.checkpoint import load_checkpoint
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.training.demo import degrade, plan, sources, train
 from aesanet.training.demo.__main__ import tell_other_versions
@@ -35,7 +35,7 @@ PQ = AXES.index("PQ")
 
 def recording(name):
     (path,) = [p for p in RECORDINGS if p.name.startswith(name)]
-    return np.concatenate(list(ClipReader(Clip(str(path))))).astype(np.float64)[:80_000]
+    return np.concatenate(list(clip_blocks(Clip(str(path))))).astype(np.float64)[:80_000]
 
 
 def spectral_distance(a, b):
@@ -219,7 +219,7 @@ def test_the_baseline_fits_each_kind_of_clip(small, tmp_path):
     of_kind = {kind: np.random.default_rng(n).normal(size=(4, 4)) for n, kind in enumerate(("speech", "mix", "other"))}
     labels, true = [], {}
     for clip in clips:
-        x = np.concatenate(list(ClipReader(Clip(str(tmp_path / f"{clip.id}.flac"))))).astype(np.float64)
+        x = np.concatenate(list(clip_blocks(Clip(str(tmp_path / f"{clip.id}.flac"))))).astype(np.float64)
         ce, cu, pc, pq = true[clip.id] = features(x) @ of_kind.get(clip.kind, of_kind["other"])
         labels.append(Label(id=clip.id, CE=ce, CU=cu, PC=pc if clip.kind in ("speech", "mix") else None, PQ=pq))
     scores = Baseline(tmp_path, clips, labels).scores(tmp_path, clips)

@@ -14,6 +14,7 @@ from aesanet.cli.main import cli, main
 from aesanet.errors import InputError
 from aesanet.metrics import rank_metrics
 from aesanet.models.checkpoint import load_checkpoint
+from aesanet.runtime.parquet import write_parquet
 from aesanet.training.evaluation import evaluate, write_scatter
 from aesanet.training.joining import ScoredClips, join
 from aesanet.training.labels import LabelledClip
@@ -115,7 +116,7 @@ def test_labels_without_a_score_are_counted_and_named(write):
         ("\n[]", "line 2: a JSON list; it must be an object"),
         (b"\xff", "line 1: not a JSON object"),
         ('{"path": "a.wav", "CE": 1, "CU": 1, "PC": 1}', "line 1: PQ is None; it must be a finite score"),
-        ('{"path": "a.wav", "CE": NaN, "CU": 1, "PC": 1, "PQ": 1}', "CE is nan"),
+        ('{"path": "a.wav", "CE": NaN, "CU": 1, "PC": 1, "PQ": 1}', "NaN is not a number that JSON can hold"),
         ('{"path": "a.wav", "CE": true, "CU": 1, "PC": 1, "PQ": 1}', "CE is True"),
         ('{"path": "a.wav", "CE": 1, "CU": "1", "PC": 1, "PQ": 1}', "CU is '1'"),
         ('{"path": "a.wav", "CE": 1e300, "CU": 1, "PC": 1, "PQ": 1}', r"CE is 1e\+300"),
@@ -123,7 +124,7 @@ def test_labels_without_a_score_are_counted_and_named(write):
 )
 def test_what_is_no_row_of_scores_is_refused(tmp_path, text, told):
     path = tmp_path / "scores.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_bytes((text if isinstance(text, bytes) else text.encode()) + b"\n")
     with pytest.raises(InputError, match=told):
         join([label_of("a.wav")], path)
 
@@ -142,6 +143,17 @@ def test_the_order_of_rows_and_labels_changes_nothing(tmp_path_factory, random):
     np.testing.assert_array_equal(joined.scores, pairs.scores)
     np.testing.assert_array_equal(joined.true, pairs.true)
     assert evaluate(joined, resamples=2) == evaluate(pairs, resamples=2)
+
+
+def test_scores_in_parquet_and_of_a_run_that_goes_on(write, tmp_path):
+    path = write(row("a.wav", member=None), failed("b.wav"))
+    write_parquet(path, tmp_path / "scores.parquet")
+    labels = [label_of("a.wav"), label_of("b.wav")]
+    assert join(labels, tmp_path / "scores.parquet", allow_missing=True).scores.tolist() == [[5, 6, 7, 8]]
+    said = []
+    path.write_text(json.dumps(row("a.wav")) + '\n{"path": "b.w')
+    assert join(labels, path, allow_missing=True, note=said.append).missing == 1
+    assert "line 2, the last, is torn and left out" in said[0]
 
 
 # Evaluation

@@ -46,13 +46,14 @@ def test_json_lines_keep_their_keys_and_bad_ones_stay_rows(tmp_path):
         '{"path": "d.wav", "x": 1e999}',
         "[" * 100_000,
         "plain/path with spaces.wav",
+        "[live] song.mp3",
     ]
     (tmp_path / "m.jsonl").write_text("\ufeff" + "\r\n".join(lines))
     rows = list(read_rows([str(tmp_path / "m.jsonl")]))
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert rows[0].given == json.loads(lines[0])
     assert rows[0].clip() == Clip("a.wav", 0.0, 5.0)
-    assert rows[6].given == {"path": lines[7]}
+    assert [row.given for row in rows[6:]] == [{"path": line} for line in lines[7:]]
     for row in rows[1:6]:
         with pytest.raises(ClipError) as caught:
             row.clip()

@@ -112,3 +112,19 @@ def test_a_gpu_is_seen_by_cuda_or_by_nvidias_tool(monkeypatch, nvidia_smi):
         machine.require_gpu()
     nvidia_smi('echo "NVIDIA L4, 8.9, 550.1, 23034"')
     machine.require_gpu()
+    old = SimulatedCuda(np.random.default_rng(0))
+    old.cudaGetDeviceCount = lambda: (old.cudaError_t.cudaErrorInsufficientDriver, None)
+    monkeypatch.setattr(machine, "load_cuda", lambda: old)
+    machine.require_gpu()
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", " ,0"])
+def test_a_gpu_that_is_hidden_from_cuda_is_none(monkeypatch, nvidia_smi, hidden):
+    """NVIDIA's tool lists it all the same."""
+    nvidia_smi('echo "NVIDIA L4, 8.9, 550.1, 23034"')
+    monkeypatch.setattr(machine, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    with pytest.raises(BackendError, match="CUDA_VISIBLE_DEVICES"):
+        machine.require_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    machine.require_gpu()

@@ -133,12 +133,14 @@ def test_another_run_is_refused_and_named(tmp_path, finished):
         write(path, range(30), run={**RUN, "--more": True}, resume=True)
 
 
-@pytest.mark.parametrize("damage", ["state", "version", "shorter", "rows"])
+@pytest.mark.parametrize("damage", ["state", "text", "version", "shorter", "rows"])
 def test_what_was_damaged_is_refused(tmp_path, damage):
     path = tmp_path / "rows.jsonl"
     write(path, range(12))
     if damage == "state":
         state_of(path).write_bytes(b"{")
+    elif damage == "text":
+        state_of(path).write_bytes(b"\xff")
     elif damage == "version":
         state_of(path).write_bytes(state_of(path).read_bytes().replace(b'"format":1', b'"format":9'))
     elif damage == "shorter":

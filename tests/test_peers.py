@@ -245,13 +245,15 @@ def test_in_memory_engines_agree_with_pytorch(part, tiny_checkpoint, invited, tm
         ("bad.jsonl", '{"path": "a.wav", "start_time": -1}', "start_time is -1"),
         ("empty.jsonl", "", "empty.jsonl: no audio files"),
         ("damaged.wav", "RIFF", "damaged.wav: "),
+        ("none.jsonl", '{"path": "/none.wav"}', "/none.wav: "),
     ],
 )
 def test_what_not_everybody_can_read_is_refused(name, text, told, tmp_path, capsys):
     path = tmp_path / name
     path.write_text(text)
-    assert run("bench", "peers", path) == 2
-    assert told in capsys.readouterr().err
+    for part in ("files", "encoder"):
+        assert run("bench", "peers", path, "--part", part) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_csv_of_something_else_is_refused_before_anything_is_timed(tmp_path, capsys):

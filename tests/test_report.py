@@ -29,7 +29,7 @@ from aesanet.benchmarks.score_page import clip_name, score_page
 from aesanet.benchmarks.score_summary import QUANTILES, Summary
 from aesanet.cli.main import main
 from aesanet.errors import InputError
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.parquet import write_parquet
 from aesanet.runtime.results import Result, read_results, score_files
 from aesanet.runtime.rows import Clip
@@ -127,7 +127,7 @@ def test_players_give_what_the_network_heard(tmp_path):
     ).groups()
     assert players.left_bytes < 10**6 - len(source)
     heard, rate = soundfile.read(io.BytesIO(base64.b64decode(source)))
-    expected = np.concatenate(list(ClipReader(Clip(row["path"], 1.0, 2.5))))
+    expected = np.concatenate(list(clip_blocks(Clip(row["path"], 1.0, 2.5))))
     assert rate == 16_000
     assert len(heard) == pytest.approx(len(expected), abs=0.1 * rate)
     together = signal.correlate(heard, expected)

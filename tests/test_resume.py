@@ -295,3 +295,41 @@ def test_parquet_is_resumed_through_its_lines_and_left_alone_when_finished(tiny_
     assert done.returncode == 2
     assert "is finished with" in done.stderr
     assert names(tmp_path) == left
+
+
+@pytest.mark.parametrize("stage", ["unfinished", "finished"])
+def test_parquet_of_another_input_is_refused_and_named(tiny_bundle, tmp_path, stage):
+    """As JSON lines are: a segment that has moved, or a row's own value that is another."""
+    paths = [str(path) for path in RECORDINGS[:3]]
+    rows = [
+        {"path": path, "start_time": start, "end_time": start + 0.5, "take": take, "of": {"n": 1}, "none": None}
+        for path in paths
+        for take, start in enumerate((0, 0.5))
+    ]
+    rows.append({"path": "nothing.wav"})
+    if stage == "finished":
+        rows[1]["take"] = 0.5  # so that the column is of floats
+    manifest, out = tmp_path / "rows.jsonl", tmp_path / "rows.PARQUET"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished(tiny_bundle, manifest, out)
+    if stage == "unfinished":  # as a kill right before the end leaves it
+        state = json.loads((tmp_path / "rows.PARQUET.state").read_text())
+        lines = subprocess.run(command(tiny_bundle, manifest, tmp_path / "lines.jsonl"), timeout=300)
+        assert lines.returncode == 1
+        partial = (tmp_path / "lines.jsonl").rename(tmp_path / "rows.PARQUET.partial.jsonl")
+        state |= {"finished": False, "bytes": partial.stat().st_size}
+        (tmp_path / "rows.PARQUET.state").write_text(json.dumps(state))
+        out.unlink()
+    else:
+        assert "nothing to do: " in finished(tiny_bundle, manifest, out, "--resume")
+    for key, value in (("end_time", 0.7), ("take", 7), ("of", {"n": 2}), ("more", "x")):
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], rows[2] | {key: value}, *rows[3:]]))
+        done = subprocess.run(
+            command(tiny_bundle, manifest, out, "--resume"), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2
+        assert "row 3 is of" in done.stderr
+        assert key in done.stderr
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished(tiny_bundle, manifest, out, "--resume")
+    assert [row.row["path"] for row in read_results([str(out)])] == [row["path"] for row in rows]

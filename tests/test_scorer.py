@@ -20,7 +20,7 @@ from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime import backends
 from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import Backend
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip, Row
 from aesanet.runtime.scorer import ClipScores, Scorer
 from aesanet.runtime.windows import pad_batch
@@ -69,7 +69,7 @@ def test_recordings_score_as_in_pytorch_window_by_window(demo_bundle, demo_model
     window = demo_model.config.window.window_samples
     spread, difference = [], []
     for path, scores in zip(RECORDINGS, scorer.score(list(RECORDINGS)), strict=True):
-        samples = np.concatenate(list(ClipReader(Clip(str(path)))))
+        samples = np.concatenate(list(clip_blocks(Clip(str(path)))))
         windows = [w for w in np.split(samples, range(window, len(samples), window)) if len(w) >= MIN_SAMPLES]
         each = [pytorch_scores(demo_model, *pad_batch([window]))[0] for window in windows]
         expected = np.average(each, axis=0, weights=[len(window) for window in windows])

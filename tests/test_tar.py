@@ -290,7 +290,7 @@ def test_a_tar_is_searched_once_for_all_members_and_again_when_it_changes(tmp_pa
     assert run(Clip(str(path), member="50.wav"))[1].seconds == pytest.approx(0.2)
 
 
-def test_threads_read_one_tar_at_once(tmp_path):
+def test_threads_read_one_tar_at_once(tmp_path, monkeypatch):
     path = str(tmp_path / "a.tar")
     write_tar(path, [(f"{n}.flac", audio("FLAC", seed=n)) for n in range(8)])
     expected = [run(Clip(path, member=f"{n}.flac"))[0] for n in range(8)]
@@ -299,10 +299,15 @@ def test_threads_read_one_tar_at_once(tmp_path):
         threading.Thread(target=lambda n=n: results.update({n: run(Clip(path, member=f"{n % 8}.flac"))[0]}))
         for n in range(24)
     ]
+    searched = []
+    search = tar._Members.__iter__
+    monkeypatch.setattr(tar._Members, "__iter__", lambda members: searched.append(1) or search(members))
+    tar._index.cache_clear()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(searched) == 1
     assert all(np.array_equal(results[n], expected[n % 8]) for n in range(24))
 
 

@@ -30,7 +30,7 @@ from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import TRUNK_PREFIX
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import load_checkpoint
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.training.config import TrainingConfig
 from aesanet.training.demo.degrade import lowpass
@@ -135,7 +135,7 @@ def small_corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small corpus")
     rows = ["path,system,CE,CU,PC,PQ"]
     for recording in RECORDINGS:
-        samples = np.concatenate(list(ClipReader(Clip(str(recording))))).astype(np.float64)
+        samples = np.concatenate(list(clip_blocks(Clip(str(recording))))).astype(np.float64)
         pieces = [samples[start : start + SAMPLE_RATE] for start in range(0, len(samples) - 8000, 2 * SAMPLE_RATE)]
         for number, piece in enumerate(pieces[:5]):
             for level in range(5):

@@ -27,7 +27,7 @@ from aesanet.cli.main import main
 from aesanet.cli.verify import _worst
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.inputs import read_rows
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.windows import split_windows
@@ -230,7 +230,7 @@ def test_audio_is_kept_in_a_file_window_by_window(tiny_model):
     expected = [
         (f"{path}, window {number + 1}", samples)
         for path in RECORDINGS
-        for number, samples in enumerate(split_windows(ClipReader(Clip(str(path))), policy))
+        for number, samples in enumerate(split_windows(clip_blocks(Clip(str(path))), policy))
     ]
     assert [window.name for window in windows] == [name for name, _ in expected]
     for window, (_, samples) in zip(windows, expected, strict=True):

@@ -19,7 +19,7 @@ from aesanet.files import replacing
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, WindowPolicy, num_frames, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import BEATsConfig
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.windows import split_windows
 from aesanet.training.background import ahead
@@ -138,7 +138,7 @@ def _fill(
 
 def _waveforms(clip: FoundClip, windows: Sequence[Window], policy: WindowPolicy) -> list[np.ndarray]:
     """The clip's windows decoded, float32 [samples] each, as long as they were when it was found."""
-    parts = [part for part in split_windows(iter(ClipReader(Clip(clip.file))), policy) if len(part) >= MIN_SAMPLES]
+    parts = [part for part in split_windows(clip_blocks(Clip(clip.file)), policy) if len(part) >= MIN_SAMPLES]
     if [len(part) for part in parts] != [window.num_samples for window in windows]:
         raise InputError(f"{clip.file}: changed while it was read; start again")
     return parts

@@ -15,7 +15,7 @@ from aesanet.errors import ClipError, InputError
 from aesanet.files import naming
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip, file_name
 from aesanet.training.labels import LabelledClip
 from aesanet.training.progress import Progress
@@ -157,7 +157,7 @@ def _find(clip: LabelledClip, root: str | Path, lengths: "_Lengths") -> FoundCli
     if not os.path.lexists(file):
         raise ClipError("not_found", f"no such file: {file}")
     if not os.path.isfile(file):
-        for _ in ClipReader(Clip(file)):  # which says what is wrong
+        for _ in clip_blocks(Clip(file)):  # which says what is wrong
             pass
     try:
         sha256 = file_sha256(file)
@@ -179,7 +179,7 @@ def _file(clip: LabelledClip, root: str | Path) -> str:
 
 
 def _measure(file: str) -> int:
-    num_samples = sum(len(block) for block in ClipReader(Clip(file)))
+    num_samples = sum(len(block) for block in clip_blocks(Clip(file)))
     if num_samples < MIN_SAMPLES:
         seconds = num_samples / SAMPLE_RATE
         raise ClipError("too_short", f"{seconds:.3f} s; the network needs {MIN_SAMPLES / SAMPLE_RATE} s")

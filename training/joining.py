@@ -1,10 +1,9 @@
 """Labels meet scores: which row of `aesanet score` belongs to which labelled clip."""
 
-import codecs
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
+from aesanet.runtime.results import Note, output_rows
 from aesanet.training.labels import LabelledClip
 
 LARGEST_SCORE: Final = 1e6  # far outside any scale, and small enough that its square is a number
@@ -49,12 +49,16 @@ class _Row:
         return f"{self.place} ({self.path or ', '.join(self.names)})"
 
 
-def join(labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool = False) -> ScoredClips:
-    """Find the score of each label in the JSON lines that `aesanet score` wrote.
+def join(
+    labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool = False, note: Note = lambda _: None
+) -> ScoredClips:
+    """Find the score of each label in a file that `aesanet score` wrote (JSON lines, .parquet, or `-`: standard input).
 
     A row belongs to the label whose id is the row's `sample_id` or `id`, else to the one whose path below the audio
     root (or id, where it has no path) ends the row's path, folder by folder; where none does, file suffixes are left
     out of the comparison. With `allow_missing`, labels without a score are left out.
+
+    note : is told of a last line that is torn, and left out
 
     Raises InputError for a line that is no such row, a row that fits two labels, a label that fits two rows, labels
     without a score, and when nothing is left.
@@ -63,7 +67,7 @@ def join(labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool
     exact, loose = _paths(labels)
     found: dict[str, _Row] = {}
     unused = 0
-    for row in _score_rows(Path(scores)):
+    for row in starmap(_score_row, output_rows(str(scores), note)):
         ids = {name for name in row.names if name in by_id} or _by_path(row.path, exact, loose)
         if len(ids) > 1:
             both = " and ".join(sorted(ids)[:2])
@@ -86,23 +90,7 @@ def join(labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool
     return ScoredClips(clips, np.array([usable[clip.id] for clip in clips]), missing=len(lost), unused=unused)
 
 
-def _score_rows(file: Path) -> Iterator[_Row]:
-    try:
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from None
-    for line, text in enumerate(lines, start=1):
-        if text.strip():
-            yield _score_row(f"{file}: line {line}", text)
-
-
-def _score_row(place: str, text: bytes) -> _Row:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not a JSON object: {error}; give the JSON lines of `aesanet score`") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: a JSON {type(row).__name__}; it must be an object, as `aesanet score` writes it")
+def _score_row(place: str, row: Mapping[str, Any]) -> _Row:
     names = tuple(row[key] for key in ("sample_id", "id") if isinstance(row.get(key), str))
     path = row.get("path")
     scores = None if "error" in row else tuple(_score(place, axis, row.get(axis)) for axis in AXES)

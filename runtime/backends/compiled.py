@@ -91,8 +91,14 @@ def support() -> Support:
     versions = " and ".join(found.values())
     try:
         gpu = cuda_gpu(load_cuda())
-        if not any(runs_on(load_library(flavour), gpu) for flavour in found):
-            raise BackendError(f"it has no kernels for {gpu}; pip install 'aesanet[gpu]'")
     except BackendError as error:
         return Support(None, (), f"{versions}; cannot run: {error}")
-    return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
+    reasons = []
+    for flavour in found:
+        try:
+            if runs_on(load_library(flavour), gpu):
+                return Support(versions, (("cuda", "fp16"),), f"of a compiled bundle, on {gpu}")
+            reasons.append(f"{MODULES[flavour]} has no kernels for {gpu}; pip install 'aesanet[gpu]'")
+        except BackendError as error:  # which does not keep the other library from running
+            reasons.append(str(error))
+    return Support(None, (), f"{versions}; cannot run: {'; '.join(reasons)}")

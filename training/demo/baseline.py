@@ -8,7 +8,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.machine import usable_cores
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.training.demo.degrade import bandwidth_hertz
 from aesanet.training.demo.label import Label
@@ -70,4 +70,4 @@ def _features_of(audio: Path, clips: Sequence[DemoClip]) -> np.ndarray:
 
 
 def _read_features(file: Path) -> np.ndarray:
-    return features(np.concatenate(list(ClipReader(Clip(str(file))))).astype(np.float64))
+    return features(np.concatenate(list(clip_blocks(Clip(str(file))))).astype(np.float64))

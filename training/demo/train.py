@@ -14,7 +14,7 @@ from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, BEATsConfig
-from aesanet.runtime.decode import ClipReader
+from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip
 from aesanet.runtime.windows import pad_batch, split_windows
 from aesanet.training.cache import cached_data
@@ -129,7 +129,7 @@ def model_scores(model: AESANet, audio: Path, names: Sequence[str]) -> dict[str,
     """float [4] a clip: the mean over its windows, weighted by their lengths, as `aesanet score` has it."""
     scores = {}
     for name in names:
-        blocks = iter(ClipReader(Clip(str(audio / f"{name}.flac"))))
+        blocks = clip_blocks(Clip(str(audio / f"{name}.flac")))
         windows = [w for w in split_windows(blocks, model.config.window) if len(w) >= MIN_SAMPLES]
         waveform, num_samples = pad_batch(windows)
         each = model(torch.from_numpy(waveform), torch.from_numpy(num_samples)).numpy()
