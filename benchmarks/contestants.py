@@ -24,11 +24,12 @@ from aesanet.benchmarks.end_to_end import score_to_file
 from aesanet.errors import InputError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
+from aesanet.padding import pad_batch
 from aesanet.runtime.backends import BackendName
 from aesanet.runtime.backends.base import CudaGraphs, Device, Precision
 from aesanet.runtime.rows import Row
 from aesanet.runtime.scorer import Scorer
-from aesanet.runtime.windows import pad_batch, split_windows
+from aesanet.runtime.windows import split_windows
 
 _SETTLING_SECONDS: Final = 0.2  # ONNX Runtime's threads were seen to spin for 40 ms after their last call
 

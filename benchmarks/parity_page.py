@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from aesanet.axes import AXES
 from aesanet.benchmarks.page import AXIS_COLOURS, page, table, text
-from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, Reference, allowed
+from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, allowed
+from aesanet.benchmarks.reference import Reference
 from aesanet.bundle import Fused, Half, Manifest, Parity, Verification
 from aesanet.engines import Engine, short_key
 

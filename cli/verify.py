@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from aesanet.benchmarks.parity import Reference
+    from aesanet.benchmarks.reference import Reference
     from aesanet.bundle import Manifest
     from aesanet.models.config import AESANetConfig
     from aesanet.runtime.backends.base import Backend, BundleFiles, Precision
@@ -66,8 +66,9 @@ def verify(
     Exit status: 0 all passed, 1 some failed, 2 the check could not run.
     """
     with extra("export,cpu"):
-        from aesanet.benchmarks.parity import not_opened, read_windows, reference_scores
+        from aesanet.benchmarks.parity import not_opened
         from aesanet.benchmarks.parity import verify as hold
+        from aesanet.benchmarks.reference import read_windows, reference_scores
         from aesanet.models.checkpoint import load_checkpoint
     from aesanet.models import demo
     from aesanet.runtime.backends.base import BundleFiles
@@ -163,9 +164,11 @@ def _worst(reference: "Reference", all_scores: "Sequence[np.ndarray | None]") ->
     import numpy as np
 
     from aesanet.benchmarks.parity import allowed
+    from aesanet.limits import SCORES_LIMIT
 
+    limits = allowed(reference, SCORES_LIMIT["fp32"])
     shares = [
-        np.nan_to_num(np.abs(scores - reference.scores), nan=np.inf).max(axis=1) / allowed(reference, 1e-4)
+        np.nan_to_num(np.abs(scores - reference.scores), nan=np.inf).max(axis=1) / limits
         for scores in all_scores
         if scores is not None
     ]
@@ -205,7 +208,7 @@ def _check_source(bundle: Path, manifest: "Manifest", checkpoint: Path, beats: P
 
 def _engines(files: "BundleFiles", backend: str) -> "Iterator[tuple[str, Precision, Callable[[], Backend]]]":
     """Kind, precision and opener of all that runs here; what this bundle or machine has no means for is told."""
-    from aesanet.benchmarks.parity import RoundedHalf
+    from aesanet.benchmarks.rounded_half import RoundedHalf
     from aesanet.runtime.backends import lacking, open_exactly, supported_backends
     from aesanet.runtime.backends.base import EngineOptions
 

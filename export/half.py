@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from aesanet.bundle import HALF_GRAPH_NAMES, Fused, GraphName, GraphPrecision, GraphSpec, Half
 from aesanet.errors import ExportError
@@ -17,13 +16,14 @@ from aesanet.export.graph import write_graph
 from aesanet.export.layers import Layers, compare_half
 from aesanet.export.parity import relative_error
 from aesanet.export.precision import to_half
-from aesanet.export.rounding import check_rounding, session_as_written
+from aesanet.export.rounding import check_rounding
+from aesanet.export.sessions import ENGINE, Sessions, open_as_written, open_sessions, run_graphs
 from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE, num_tokens
+from aesanet.limits import FEATURES_LIMIT, SCORES_LIMIT
+from aesanet.padding import pad_batch
 
-FEATURES_LIMIT: Final = 5e-3
-SCORES_LIMIT: Final = 0.02
-
+_FEATURES_LIMIT, _SCORES_LIMIT = FEATURES_LIMIT["fp16"], SCORES_LIMIT["fp16"]
 _BATCH: Final = 4  # clips that are scored together too
 # The faster first. Trunks are loud and heads hardly, and float logits keep engines from fusing attention, which costs a
 # head the most memory.
@@ -34,7 +34,8 @@ _LOGITS: Final[tuple[dict[GraphName, GraphPrecision], ...]] = (
     {"encoder": "fp32", "head": "fp32"},
 )
 
-Sessions = Mapping[GraphName, onnxruntime.InferenceSession]
+Own: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Of one clip: features, float32 [its own tokens, width], and scores, float32 [4]."""
 
 
 def add_half(
@@ -53,34 +54,36 @@ def add_half(
     logits nowhere; where they do not keep the limits all the same, the bundle does without.
     """
     check_rounding()
-    reference = {name: _session(folder / spec.file) for name, spec in graphs.items()}
+    reference = open_sessions(_paths(folder, graphs))
+    alone = [_run(reference, [clip])[0] for clip in clips]
     tried = []
     for logits in _LOGITS:
         progress(f"rounding to FP16, attention logits in {in_words(logits)}")
         specs = {name: _write_half(folder, graphs[name], logits[name]) for name in HALF_GRAPH_NAMES}
-        half = _as_written(folder, specs)
-        features, scores = _worst_differences(reference, half, clips)
-        if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+        half = {**reference, **open_as_written(_paths(folder, specs))}
+        features, scores = _worst_differences(half, clips, alone)
+        if features <= _FEATURES_LIMIT and scores <= _SCORES_LIMIT:
             progress("fusing for ONNX Runtime on a GPU")
             return Half(
                 graphs=specs,
                 logits=logits,
-                engine=f"onnxruntime {onnxruntime.__version__}, CPU, every half tensor rounded",
+                engine=f"{ENGINE}, every half tensor rounded",
                 clips=len(clips),
                 seconds=sum(map(len, clips)) / SAMPLE_RATE,
                 features_relative=features,
                 scores_max_abs=scores,
-                features_limit=FEATURES_LIMIT,
-                scores_limit=SCORES_LIMIT,
-                fused=_add_fused(folder, graphs, specs, reference, clips, progress),
+                features_limit=_FEATURES_LIMIT,
+                scores_limit=_SCORES_LIMIT,
+                fused=_add_fused(folder, graphs, specs, reference, clips, alone, progress),
             )
         tried.append(f"{features:.1e} and {scores:.1e} with logits in {in_words(logits)}")
-    worst = max(clips, key=lambda clip: np.nan_to_num(_worst_differences(reference, half, [clip])[1], nan=np.inf))
+    each = [_worst_differences(half, [clip], [own])[1] for clip, own in zip(clips, alone, strict=True)]
+    worst = clips[int(np.nan_to_num(each, nan=np.inf).argmax())]
     layers = "; ".join(map(str, _layers(folder, graphs, specs, reference, worst)))
     raise ExportError(
         f"FP16 does not keep this checkpoint's scores: features (relative) and scores differ by {', '.join(tried)}; "
-        f"limits {FEATURES_LIMIT:.0e} and {SCORES_LIMIT:.0e}. On the worst clip, {layers}. Export without --fp16, and "
-        "use fp32 or bf16"
+        f"limits {_FEATURES_LIMIT:.0e} and {_SCORES_LIMIT:.0e}. On the worst clip, {layers}. Export without --fp16, "
+        "and use fp32 or bf16"
     )
 
 
@@ -105,13 +108,15 @@ def _add_fused(
     half: Mapping[GraphName, GraphSpec],
     reference: Sessions,
     clips: Sequence[np.ndarray],
+    alone: Sequence[Own],
     progress: Callable[[str], None],
 ) -> Fused | None:
     """The FP16 graphs fused; or None, and no files, where they do not keep the scores or cannot be had."""
     try:
         specs = {name: _write_fused(folder, graphs[name], spec) for name, spec in half.items()}
-        features, scores = _worst_differences(reference, _as_written(folder, specs), clips)
-        if features <= FEATURES_LIMIT and scores <= SCORES_LIMIT:
+        fused = {**reference, **open_as_written(_paths(folder, specs))}
+        features, scores = _worst_differences(fused, clips, alone)
+        if features <= _FEATURES_LIMIT and scores <= _SCORES_LIMIT:
             return Fused(specs, features, scores)
         reason = f"features (relative) and scores differ by {features:.1e} and {scores:.1e}"
     except ExportError as error:
@@ -142,20 +147,18 @@ def _write_fused(folder: Path, spec: GraphSpec, half: GraphSpec) -> GraphSpec:
     return msgspec.structs.replace(half, file=path.name, sha256=sha256)
 
 
-def _as_written(folder: Path, specs: Mapping[GraphName, GraphSpec]) -> Sessions:
-    return {name: session_as_written(ir.load(folder / spec.file)) for name, spec in specs.items()}
+def _paths(folder: Path, specs: Mapping[GraphName, GraphSpec]) -> dict[GraphName, Path]:
+    return {name: folder / spec.file for name, spec in specs.items()}
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def _worst_differences(half: Sessions, clips: Sequence[np.ndarray], alone: Sequence[Own]) -> tuple[float, float]:
+    """Relative error of features and largest difference of scores; a NaN anywhere makes its own NaN.
 
-
-def _worst_differences(reference: Sessions, half: Sessions, clips: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Relative error of features and largest difference of scores; a NaN anywhere makes its own NaN."""
+    alone : what FP32 makes of each clip
+    """
     features, scores = [], []
-    alone = [_run(reference, reference["frontend"], [clip])[0] for clip in clips]
     for batch in (*([number] for number in range(len(clips))), list(range(min(len(clips), _BATCH)))):
-        found = _run(half, reference["frontend"], [clips[number] for number in batch])
+        found = _run(half, [clips[number] for number in batch])
         for (own_features, own_scores), number in zip(found, batch, strict=True):
             expected_features, expected_scores = alone[number]
             features.append(relative_error(own_features, expected_features))
@@ -173,24 +176,16 @@ def _layers(
 ) -> Iterator[Layers]:
     """Where the FP16 graphs go wrong on a clip; each is given what the FP32 graph before it makes."""
     tokens = np.array([num_tokens(len(clip))])
-    (fbank,) = reference["frontend"].run(["fbank"], {"waveform": clip[None]})
-    (features,) = reference["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
+    fbank, features, _ = run_graphs(reference, clip[None], tokens)
     given: dict[GraphName, dict[str, np.ndarray]] = {"encoder": {"fbank": fbank}, "head": {"features": features}}
     for name, arrays in given.items():
         inputs = {**arrays, "num_tokens": tokens}
         yield compare_half(name, onnx.load(folder / graphs[name].file), ir.load(folder / half[name].file), inputs)
 
 
-def _run(
-    sessions: Sessions, frontend: onnxruntime.InferenceSession, clips: Sequence[np.ndarray]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Features of its own tokens and scores of every clip, all in one padded batch."""
-    lengths = np.array([len(clip) for clip in clips])
-    waveform = np.zeros((len(clips), lengths.max()), np.float32)
-    for row, clip in zip(waveform, clips, strict=True):
-        row[: len(clip)] = clip
-    tokens = num_tokens(lengths)
-    (fbank,) = frontend.run(["fbank"], {"waveform": waveform})
-    (features,) = sessions["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
-    (scores,) = sessions["head"].run(["scores"], {"features": features, "num_tokens": tokens})
+def _run(sessions: Sessions, clips: Sequence[np.ndarray]) -> list[Own]:
+    """What becomes of every clip, all in one padded batch."""
+    waveform, num_samples = pad_batch(clips)
+    tokens = num_tokens(num_samples)
+    _, features, scores = run_graphs(sessions, waveform, tokens)
     return [(own[:count], score) for own, count, score in zip(features, tokens, scores, strict=True)]

@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 
 from aesanet.bundle import GRAPH_NAMES, Parity, ParityCase
 from aesanet.errors import ExportError
+from aesanet.export.sessions import ENGINE, open_sessions, run_graphs
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, num_frames, num_tokens
+from aesanet.limits import FEATURES_LIMIT, SCORES_LIMIT
 from aesanet.models.aesanet import AESANet
+from aesanet.padding import pad_batch
 
-FEATURES_LIMIT = SCORES_LIMIT = 1e-4
+_FEATURES_LIMIT, _SCORES_LIMIT = FEATURES_LIMIT["fp32"], SCORES_LIMIT["fp32"]
 
 # Batches of unequal clips, in samples: full windows, the shortest clip, neither whole seconds nor whole patches.
 CASES = (
@@ -24,23 +26,13 @@ CASES = (
 
 def measure_parity(model: AESANet, folder: Path) -> Parity:
     """Run every case through the ONNX files in `folder` and the model; raises ExportError past a limit."""
-    sessions = {
-        name: onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in GRAPH_NAMES
-    }
+    sessions = open_sessions({name: folder / f"{name}.onnx" for name in GRAPH_NAMES})
     rng = np.random.default_rng(0)
     cases = []
     all_scores = []
     for lengths in CASES:
-        waveform = np.zeros((len(lengths), max(lengths)), np.float32)
-        for row, length in zip(waveform, lengths, strict=True):
-            row[:length] = _varied_audio(rng, length)
-        tokens = num_tokens(np.array(lengths))
-
-        (fbank,) = sessions["frontend"].run(["fbank"], {"waveform": waveform})
-        (features,) = sessions["encoder"].run(["features"], {"fbank": fbank, "num_tokens": tokens})
-        (scores,) = sessions["head"].run(["scores"], {"features": features, "num_tokens": tokens})
-
+        waveform, num_samples = pad_batch([_varied_audio(rng, length) for length in lengths])
+        fbank, features, scores = run_graphs(sessions, waveform, num_tokens(num_samples))
         differences = []
         for number, (clip, length) in enumerate(zip(waveform, lengths, strict=True)):
             own = slice(0, num_tokens(length))
@@ -65,21 +57,21 @@ def measure_parity(model: AESANet, folder: Path) -> Parity:
         cases.append(ParityCase(lengths, *np.max(differences, axis=0).tolist()))
     spread = float(np.ptp(np.concatenate(all_scores), axis=0).min())
     parity = Parity(
-        engine=f"onnxruntime {onnxruntime.__version__}, CPU, against PyTorch {torch.__version__}, FP32 eager",
+        engine=f"{ENGINE}, against PyTorch {torch.__version__}, FP32 eager",
         # NumPy's maximum of anything and NaN is NaN; Python's may not be.
         features_relative=float(np.max([case.features_relative for case in cases])),
         scores_max_abs=float(np.max([case.scores_max_abs for case in cases])),
-        features_limit=FEATURES_LIMIT,
-        scores_limit=SCORES_LIMIT,
+        features_limit=_FEATURES_LIMIT,
+        scores_limit=_SCORES_LIMIT,
         scores_spread=spread,
         cases=tuple(cases),
     )
     # `not <=`, so that it fails.
-    if not (parity.features_relative <= FEATURES_LIMIT and parity.scores_max_abs <= SCORES_LIMIT):
+    if not (parity.features_relative <= _FEATURES_LIMIT and parity.scores_max_abs <= _SCORES_LIMIT):
         raise ExportError(
             "the exported graphs do not give the model's scores: "
-            f"features differ by {parity.features_relative:.1e} (relatively; limit {FEATURES_LIMIT:.0e}), "
-            f"scores by {parity.scores_max_abs:.1e} (limit {SCORES_LIMIT:.0e}); "
+            f"features differ by {parity.features_relative:.1e} (relatively; limit {_FEATURES_LIMIT:.0e}), "
+            f"scores by {parity.scores_max_abs:.1e} (limit {_SCORES_LIMIT:.0e}); "
             "no bundle was written; try the versions that `pip install aesanet[export]` takes, and report it with this "
             "checkpoint's config"
         )

@@ -1,6 +1,6 @@
-"""A clip's samples become windows, and windows a padded batch."""
+"""A clip's samples become windows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -44,12 +44,3 @@ def split_windows(blocks: Iterable[np.ndarray], policy: WindowPolicy) -> Iterato
     for block in blocks:
         yield from cutter.push(block)
     yield from cutter.rest()
-
-
-def pad_batch(windows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of any lengths -> waveform float32 [batch, longest] padded with zeros, num_samples int64 [batch]."""
-    num_samples = np.array([len(window) for window in windows], np.int64)
-    waveform = np.empty((len(windows), num_samples.max()), np.float32)
-    for row, window in zip(waveform, windows, strict=True):
-        row[: len(window)], row[len(window) :] = window, 0
-    return waveform, num_samples

@@ -16,9 +16,9 @@ from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import make_profiles
 from aesanet.machine import cuda_call, load_cuda
+from aesanet.padding import pad_batch
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.windows import pad_batch
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
 LONGEST = 64_000

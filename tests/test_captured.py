@@ -21,10 +21,10 @@ from aesanet.bundle import read_manifest
 from aesanet.cli.main import main
 from aesanet.errors import BackendError
 from aesanet.lengths import MIN_SAMPLES, num_frames, num_tokens
+from aesanet.padding import pad_batch
 from aesanet.runtime.backends import captured, onnxruntime, open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.scorer import Scorer
-from aesanet.runtime.windows import pad_batch
 
 REAL = ("cuda", "fp32") in onnxruntime.support().runs
 

@@ -19,7 +19,7 @@ from helpers import make_loud, public_beats_file, random_model, tiny_config
 from onnx import numpy_helper
 
 from aesanet.benchmarks.layers import compare_layers
-from aesanet.benchmarks.parity import RoundedHalf
+from aesanet.benchmarks.rounded_half import RoundedHalf
 from aesanet.bundle import GRAPH_NAMES, read_manifest, signature
 from aesanet.errors import BundleError, CheckpointError, ExportError
 from aesanet.export import build, parity
@@ -31,10 +31,10 @@ from aesanet.lengths import WindowPolicy, num_tokens
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import save_checkpoint
 from aesanet.models.config import AESANetConfig
+from aesanet.padding import pad_batch
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from aesanet.runtime.scorer import Scorer
-from aesanet.runtime.windows import pad_batch
 
 
 def onnx_scores(bundle, waveform, num_samples):
@@ -126,7 +126,7 @@ def test_a_name_that_is_not_utf8_is_told_before_anything_is_exported(tiny_checkp
 
 
 def test_a_failed_check_leaves_no_bundle(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "SCORES_LIMIT", 1e-12)
+    monkeypatch.setattr(parity, "_SCORES_LIMIT", 1e-12)
     with pytest.raises(ExportError, match="do not give the model's scores"):
         export_bundle(tiny_checkpoint, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

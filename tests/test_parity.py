@@ -13,17 +13,9 @@ from machines import Simulated
 from scipy import stats
 
 from aesanet.benchmarks.layers import compare_layers
-from aesanet.benchmarks.parity import (
-    SRCC_FROM,
-    SRCC_LIMIT,
-    Reference,
-    Window,
-    _axis,
-    _edges,
-    reference_scores,
-    verify,
-)
+from aesanet.benchmarks.parity import SRCC_FROM, SRCC_LIMIT, _axis, _edges, verify
 from aesanet.benchmarks.parity_page import parity_page
+from aesanet.benchmarks.reference import Reference, Window, reference_scores
 from aesanet.bundle import GRAPH_NAMES, Verification, read_manifest
 from aesanet.runtime.backends.base import Backend, BundleFiles
 

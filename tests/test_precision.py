@@ -25,11 +25,11 @@ from aesanet.export.rounding import round_as_written
 from aesanet.hashing import file_sha256
 from aesanet.lengths import num_tokens
 from aesanet.models.demo import samples
+from aesanet.padding import pad_batch
 from aesanet.runtime import backends
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions, Support
 from aesanet.runtime.backends.onnxruntime import OnnxRuntimeBackend, support
 from aesanet.runtime.scorer import Scorer
-from aesanet.runtime.windows import pad_batch
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 ISLANDS = {"LayerNormalization", "Softmax", "LSTM", "ReduceSum", "Sigmoid"}

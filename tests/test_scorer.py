@@ -17,13 +17,13 @@ from aesanet.bundle import read_manifest
 from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.lengths import MIN_SAMPLES, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
+from aesanet.padding import pad_batch
 from aesanet.runtime import backends
 from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import Backend
 from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Clip, Row
 from aesanet.runtime.scorer import ClipScores, Scorer
-from aesanet.runtime.windows import pad_batch
 
 # FP16 is of bundles that have it: see test_precision.
 ENGINES = [(n, d, p) for n, support in supported_backends().items() for d, p in support.runs if p != "fp16"]

@@ -18,10 +18,7 @@ from conftest import RECORDINGS
 from onnx import numpy_helper
 
 from aesanet.axes import AXES
-from aesanet.benchmarks.parity import (
-    Reference,
-    read_windows,
-)
+from aesanet.benchmarks.reference import Reference, read_windows
 from aesanet.bundle import read_manifest
 from aesanet.cli.main import main
 from aesanet.cli.verify import _worst

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
-from aesanet.runtime.windows import pad_batch, split_windows
+from aesanet.padding import pad_batch
+from aesanet.runtime.windows import split_windows
 
 
 @given(

@@ -17,6 +17,7 @@ import numpy as np
 from aesanet.axes import AXES
 from aesanet.errors import BackendError
 from aesanet.lengths import MEL_BINS, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
+from aesanet.limits import FEATURES_LIMIT, SCORES_LIMIT
 from aesanet.runtime.backends.base import Precision
 from aesanet.runtime.backends.sessions import NO_GRAPH, Sessions, run_options
 from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
@@ -24,8 +25,6 @@ from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
 _SEEN_SHAPES: Final = 1024  # that are remembered as run once
 _IDLE_RUNS: Final = 1024  # after which a shape no longer comes; graphs had saved them more than new sessions cost
 _KEPT_SAMPLES: Final = 5120 * SAMPLE_RATE  # of all shapes that are kept: of base size, 1.3 GB of inputs and outputs
-# How far a graph may be from its own kernels one by one: a clip's features, relatively, and scores.
-_LIMITS: Final[dict[Precision, tuple[float, float]]] = {"fp32": (1e-4, 1e-4), "fp16": (5e-3, 0.02)}
 
 
 @dataclass(eq=False)
@@ -53,7 +52,7 @@ class GridRuns:
 
     def __init__(self, onnxruntime: Any, sessions: Sessions, window_samples: int, precision: Precision) -> None:
         self._ort, self._sessions, self._window_samples = onnxruntime, sessions, window_samples
-        self._limits = _LIMITS[precision]
+        self._limits = FEATURES_LIMIT[precision], SCORES_LIMIT[precision]  # from its own kernels one by one
         (features,) = sessions.encoder.get_outputs()
         self._width = int(features.shape[2])
         self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()
