@@ -18,8 +18,8 @@ import msgspec
 
 from aesanet.bundle import GRAPH_NAMES, GraphName, Manifest
 from aesanet.errors import BackendError, BundleError
+from aesanet.gpu import Gpu
 from aesanet.hashing import file_sha256, parts_sha256
-from aesanet.machine import Gpu
 
 ENGINES_FOLDER: Final = "engines"
 ENGINE_NAME: Final = "engine.json"

@@ -3,6 +3,8 @@
 import html
 from collections.abc import Iterable, Sequence
 
+from aesanet.words import printable
+
 _AXIS_COLOURS = {  # in light and in dark
     "CE": ("#0b6fa4", "#4fb3e8"),
     "CU": ("#c65102", "#f5924e"),
@@ -53,8 +55,3 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def text(value: str) -> str:
     """Text as HTML: nothing in it is markup, and what cannot be printed, or is not UTF-8, is shown as an escape."""
     return html.escape(printable(value))
-
-
-def printable(value: str) -> str:
-    """Text with escapes for what cannot be printed: control characters, bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aesanet.errors import BackendError
-from aesanet.machine import cuda_gpu, load_cuda
+from aesanet.gpu import cuda_gpu, load_cuda
 from aesanet.runtime.backends.base import Backend, Precision
 
 # Dense FP16 products with FP32 sums on tensor cores, by the names that the driver gives: from NVIDIA's datasheets (for

@@ -14,8 +14,8 @@ import numpy as np
 
 from aesanet.benchmarks.contestants import About, Opened, Part, Work, millions, versions
 from aesanet.bundle import GRAPH_NAMES, GraphName
+from aesanet.gpu import cuda_gpu, load_cuda
 from aesanet.lengths import num_tokens
-from aesanet.machine import cuda_gpu, load_cuda
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.backends.base import BundleFiles
 from aesanet.runtime.backends.compiled import first_that_runs

@@ -11,8 +11,9 @@ from typing import Any, Final
 from aesanet import __version__
 from aesanet.bundle import MANIFEST_NAME
 from aesanet.errors import BackendError, InputError
+from aesanet.gpu import gpu_clocks_mhz, list_gpus
 from aesanet.hashing import file_sha256
-from aesanet.machine import gpu_clocks_mhz, list_gpus, processor_clock_mhz, processor_name, usable_cores
+from aesanet.machine import processor_clock_mhz, processor_name, usable_cores
 from aesanet.runtime.scorer import Scorer
 
 MACHINE: Final = "date aesanet processor cores load gpu python".split()

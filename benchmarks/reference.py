@@ -18,6 +18,7 @@ from aesanet.models.fbank import FrontEnd
 from aesanet.runtime.decode import clip_blocks
 from aesanet.runtime.rows import Row
 from aesanet.runtime.windows import split_windows
+from aesanet.words import printable
 
 # Coefficients of a filterbank in FP32 are off by up to 2^-24 of themselves, 2^-24 / sqrt(3) in the mean of squares.
 _COEFFICIENT_ERROR: Final = 2.0**-25
@@ -80,15 +81,9 @@ def _windows_of(row: Row, policy: WindowPolicy) -> Iterator[tuple[str, np.ndarra
         clip = row.clip()
         for number, samples in enumerate(split_windows(clip_blocks(clip), policy)):
             if len(samples) >= MIN_SAMPLES:
-                yield _printable(f"{clip.path}, window {number + 1}"), samples
+                yield printable(f"{clip.path}, window {number + 1}"), samples
     except ClipError as error:
         raise InputError(f"{row.given.get('path')}: {error.message}; what is verified on must be readable") from None
-
-
-def _printable(name: str) -> str:
-    """A name that every file and terminal can take."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def reference_scores(model: AESANet, windows: Sequence[Window]) -> Reference:

@@ -21,8 +21,9 @@ from aesanet.benchmarks.latency import WARM_UPS, Cell, median_interval, settled
 from aesanet.benchmarks.peak import Peak, device_peak
 from aesanet.benchmarks.records import TIMED
 from aesanet.errors import BundleError
+from aesanet.gpu import gpu_memory_mib
 from aesanet.lengths import SAMPLE_RATE
-from aesanet.machine import gpu_memory_mib, peak_memory_mib
+from aesanet.machine import peak_memory_mib
 from aesanet.models.config import AESANetConfig
 from aesanet.models.flops import clip_flops
 from aesanet.runtime.backends.base import Backend

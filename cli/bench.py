@@ -115,7 +115,8 @@ def throughput(
     with extra("bench"):
         from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
         from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, throughput_rows
-    from aesanet.machine import gpu_memory_mib, usable_cores
+    from aesanet.gpu import gpu_memory_mib
+    from aesanet.machine import usable_cores
     from aesanet.runtime.scorer import Scorer
 
     check_columns(out, THROUGHPUT_COLUMNS)

@@ -12,8 +12,8 @@ from aesanet.errors import BackendError
 if TYPE_CHECKING:
     from aesanet.engines import Flavour
     from aesanet.export.profiles import Profile
+    from aesanet.gpu import Gpu
     from aesanet.lengths import WindowPolicy
-    from aesanet.machine import Gpu
 
 
 Bounds = list[tuple[float, int, int, int]]
@@ -67,7 +67,7 @@ def profiles_of(bounds: Bounds | None, window: "WindowPolicy", memory_mib: int |
 
 def _gpu_here() -> "Gpu | None":
     """The GPU that CUDA takes first, where there is one."""
-    from aesanet.machine import cuda_gpu, load_cuda
+    from aesanet.gpu import cuda_gpu, load_cuda
 
     try:
         return cuda_gpu(load_cuda())

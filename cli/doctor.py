@@ -10,7 +10,8 @@ import click
 from aesanet import __version__
 from aesanet.engines import Flavour, library_version
 from aesanet.errors import BackendError
-from aesanet.machine import list_gpus, processor_name, usable_cores
+from aesanet.gpu import list_gpus
+from aesanet.machine import processor_name, usable_cores
 
 _EXTRAS = ("", "export", "gpu", "rtx", "parquet")  # as users install them; what engines need is told with these
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[(\w+)\])?")

@@ -75,9 +75,9 @@ def report(
 
 
 def _print(summary: "Summary", num_files: int) -> None:
-    from aesanet.benchmarks.page import printable
     from aesanet.benchmarks.score_page import clip_name, quantile_rows
     from aesanet.benchmarks.score_summary import QUANTILES
+    from aesanet.words import printable
 
     click.echo(
         f"{summary.scored:,} clips scored, {summary.seconds.sum() / 3600:,.2f} h of audio, {summary.failed:,} rows "

@@ -12,6 +12,7 @@ from aesanet.runtime.inputs import PARQUET_SUFFIX
 from aesanet.runtime.output import RowFile, State, Tally, read_state
 from aesanet.runtime.results import LONG_KEYS
 from aesanet.runtime.rows import Row, own_keys, row_line, write_row
+from aesanet.words import printable
 
 _NAME_WIDTH = 48
 
@@ -156,8 +157,7 @@ def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
     """One line for people; a long path keeps its end."""
     name = str(row.get("path", row.get("line", "")))
     name = f"{name}/{row['member']}" if "member" in row else name
-    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    name = name.encode(file.encoding, "backslashreplace").decode(file.encoding)
+    name = printable(name).encode(file.encoding, "backslashreplace").decode(file.encoding)
     name = name if len(name) <= _NAME_WIDTH else "..." + name[3 - _NAME_WIDTH :]
     if "error" in row:
         what = f"  {row['error']['code']}: {row['error']['message']}"

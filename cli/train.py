@@ -16,6 +16,7 @@ from aesanet.cli.notes import EXIT_INTERRUPTED, extra, note
 from aesanet.cli.options import Finite, FiniteRange
 from aesanet.errors import InputError
 from aesanet.interrupts import on_interrupt
+from aesanet.words import some
 
 if TYPE_CHECKING:
     from aesanet.models.aesanet import AESANet
@@ -180,7 +181,7 @@ def _labels(
     names = {name for clip in clips for name in (clip.id, clip.path)}
     if both := [clip.id for clip in aside if clip.id in names or (clip.path and clip.path in names)]:
         raise InputError(
-            f"{len(both)} clips are in --labels and in --validation: {_some(both)}; "
+            f"{len(both)} clips are in --labels and in --validation: {some(both)}; "
             "a clip that was trained on validates nothing, so leave it in one"
         )
     return clips, aside
@@ -221,19 +222,15 @@ def _write_missing(missing: "Sequence[MissingClip]", out: Path, progress: "Progr
         progress.note(f"{file}: names the clips without audio")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 def _tell_leak(training: "Sequence[FoundClip]", validation: "Sequence[FoundClip]", progress: "Progress") -> None:
     systems = [{clip.label.system for clip in side if clip.label.system} for side in (training, validation)]
     if shared := sorted(systems[0] & systems[1]):
-        progress.note(f"warning: {len(shared)} systems are in training and in validation: {_some(shared)}")
+        progress.note(f"warning: {len(shared)} systems are in training and in validation: {some(shared)}")
     known = {clip.sha256 for clip in training}
     if same := [clip.label.id for clip in validation if clip.sha256 in known]:
         progress.note(
             f"warning: {len(same)} validation clips hold the same audio as training clips, which makes the validation "
-            f"MSE look better than it is: {_some(same)}"
+            f"MSE look better than it is: {some(same)}"
         )
 
 

@@ -30,8 +30,8 @@ from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.timing import TimingCache
 from aesanet.export.writer import change_manifest, changing, write_manifest
+from aesanet.gpu import Gpu, cuda_gpu, list_gpus, load_cuda
 from aesanet.hashing import file_sha256, parts_sha256
-from aesanet.machine import Gpu, cuda_gpu, list_gpus, load_cuda
 
 _LOG_NAME = "build.log"
 _LEFT_OVER_SECONDS = 24 * 3600.0

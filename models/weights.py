@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aesanet.errors import CheckpointError
+from aesanet.words import some
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -53,9 +54,9 @@ def check_tensors(path: str | Path, state: Any, expected: Mapping[str, tuple[int
     """Raise CheckpointError that names missing keys, unknown keys, or the first value of another shape."""
     check_dict(path, state)
     if missing := [key for key in expected if key not in state]:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} keys are missing: {_some(missing)}")
+        raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} keys are missing: {some(missing)}")
     if unknown := [key for key in state if key not in expected]:
-        raise CheckpointError(f"{path}: {len(unknown)} keys are unknown: {_some(unknown)}")
+        raise CheckpointError(f"{path}: {len(unknown)} keys are unknown: {some(unknown)}")
     for key, shape in expected.items():
         value = state[key]
         if not isinstance(value, Tensor):
@@ -66,7 +67,3 @@ def check_tensors(path: str | Path, state: Any, expected: Mapping[str, tuple[int
             raise CheckpointError(f"{path}: {key} is {value.dtype}, {value.layout}; expected dense floating point")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{path}: {key} holds NaN or infinite values")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(map(str, keys[:5])) + (", ..." if len(keys) > 5 else "")

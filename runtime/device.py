@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from aesanet.errors import BackendError, DeviceMemoryError
-from aesanet.machine import cuda_call
+from aesanet.gpu import cuda_call
 
 
 class CudaDevice:

@@ -15,7 +15,7 @@ from aesanet.engines import ENGINES_FOLDER, load_library
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import make_profiles
-from aesanet.machine import cuda_call, load_cuda
+from aesanet.gpu import cuda_call, load_cuda
 from aesanet.padding import pad_batch
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice

@@ -23,7 +23,7 @@ from polygraphy.datatype import DataType
 from simulated_cuda import SimulatedCuda
 from simulated_tensorrt import SimulatedRTX, SimulatedTensorRT, simulated_plan
 
-from aesanet import machine
+from aesanet import gpu
 from aesanet.benchmarks import peak
 from aesanet.benchmarks import polygraphy as runners
 from aesanet.benchmarks.latency import compare
@@ -33,9 +33,9 @@ from aesanet.engines import ENGINES_FOLDER, MODULES, Engine, Plan, machine_parts
 from aesanet.errors import BackendError, EngineMisfitError, InputError
 from aesanet.export.profiles import make_profiles
 from aesanet.export.writer import write_manifest
+from aesanet.gpu import cuda_gpu
 from aesanet.hashing import file_sha256, parts_sha256
 from aesanet.lengths import num_frames, num_tokens
-from aesanet.machine import cuda_gpu
 from aesanet.runtime.backends import compiled as room
 from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
@@ -159,7 +159,7 @@ def test_throughput_tells_the_gpus_memory_and_its_published_peak(compiled, tmp_p
     """Which is of the GPU's name and of FP16."""
     bundle, add = compiled
     add()
-    for module in (machine, peak):
+    for module in (gpu, peak):
         monkeypatch.setattr(module, "load_cuda", room.load_cuda)
     command = ["bench", "throughput", str(bundle), "--batches", "2", "--seconds", "0.5", "--most", "0"]
     rows = []

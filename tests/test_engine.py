@@ -39,8 +39,8 @@ from aesanet.export.compile import choose_flavour, compile_bundle, prune_engines
 from aesanet.export.engine import Settings, build_plan
 from aesanet.export.profiles import make_profiles
 from aesanet.export.writer import new_bundle, write_manifest
+from aesanet.gpu import Gpu
 from aesanet.hashing import file_sha256, parts_sha256
-from aesanet.machine import Gpu
 from aesanet.runtime.backends import supported_backends
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
@@ -382,7 +382,7 @@ def test_rtx_runs_where_it_has_kernels(trt, bundle, monkeypatch, capsys, capabil
     gpu = Gpu("NVIDIA X", capability, "for CUDA 13.0", "8192")
     assert runs_on(trt, gpu) == runs
     assert runs_on(types.SimpleNamespace(), gpu)  # TensorRT, which names none
-    monkeypatch.setattr("aesanet.machine.cuda_gpu", lambda cuda: gpu)
+    monkeypatch.setattr("aesanet.gpu.cuda_gpu", lambda cuda: gpu)
     with pytest.raises(SystemExit):
         main(["compile", str(bundle), "--flavour", "rtx", "--profiles", "4:1"])
     assert ("does not run on NVIDIA X" in capsys.readouterr().err) != runs

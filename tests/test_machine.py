@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from simulated_cuda import SimulatedCuda
 
-from aesanet import machine
+from aesanet import gpu, machine
 from aesanet.benchmarks.records import clocks
 from aesanet.cli.main import cli
 from aesanet.errors import BackendError
-from aesanet.machine import Gpu, list_gpus
+from aesanet.gpu import Gpu, list_gpus
 
 CPUINFO = "".join(
     f"processor\t: {number}\nmodel name\t: Some\ncpu MHz\t\t: {clock}.5\nflags\t\t: a b\n\n"
@@ -65,17 +65,17 @@ def test_where_only_the_driver_tells_the_least_capability_counts(nvidia_smi, mon
         raise BackendError("no cuda-python")
 
     nvidia_smi(rows)
-    monkeypatch.setattr(machine, "load_cuda", none)
-    assert machine.compute_capability() == least
+    monkeypatch.setattr(gpu, "load_cuda", none)
+    assert gpu.compute_capability() == least
 
 
 def test_the_capability_is_of_the_gpu_that_onnx_runtime_takes(monkeypatch):
     """Which is 0, whatever this thread's current one is."""
     cuda = SimulatedCuda(np.random.default_rng(0), ordinal=1)
     cuda.cudaSetDevice(1)
-    monkeypatch.setattr(machine, "load_cuda", lambda: cuda)
-    assert machine.compute_capability() == 9.0
-    assert machine.cuda_gpu(cuda).capability == "8.9"
+    monkeypatch.setattr(gpu, "load_cuda", lambda: cuda)
+    assert gpu.compute_capability() == 9.0
+    assert gpu.cuda_gpu(cuda).capability == "8.9"
 
 
 def test_a_part_that_scripts_gpu_does_not_have_is_refused(tmp_path):
@@ -104,27 +104,27 @@ def test_a_gpu_is_seen_by_cuda_or_by_nvidias_tool(monkeypatch, nvidia_smi):
     def too_old():
         raise BackendError("cudaErrorInsufficientDriver")
 
-    monkeypatch.setattr(machine, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
+    monkeypatch.setattr(gpu, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
     nvidia_smi("exit 9")
-    machine.require_gpu()
-    monkeypatch.setattr(machine, "load_cuda", too_old)
+    gpu.require_gpu()
+    monkeypatch.setattr(gpu, "load_cuda", too_old)
     with pytest.raises(BackendError, match="nvidia-smi failed"):
-        machine.require_gpu()
+        gpu.require_gpu()
     nvidia_smi('echo "NVIDIA L4, 8.9, 550.1, 23034"')
-    machine.require_gpu()
+    gpu.require_gpu()
     old = SimulatedCuda(np.random.default_rng(0))
     old.cudaGetDeviceCount = lambda: (old.cudaError_t.cudaErrorInsufficientDriver, None)
-    monkeypatch.setattr(machine, "load_cuda", lambda: old)
-    machine.require_gpu()
+    monkeypatch.setattr(gpu, "load_cuda", lambda: old)
+    gpu.require_gpu()
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", " ,0"])
 def test_a_gpu_that_is_hidden_from_cuda_is_none(monkeypatch, nvidia_smi, hidden):
     """NVIDIA's tool lists it all the same."""
     nvidia_smi('echo "NVIDIA L4, 8.9, 550.1, 23034"')
-    monkeypatch.setattr(machine, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
+    monkeypatch.setattr(gpu, "load_cuda", lambda: SimulatedCuda(np.random.default_rng(0)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     with pytest.raises(BackendError, match="CUDA_VISIBLE_DEVICES"):
-        machine.require_gpu()
+        gpu.require_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    machine.require_gpu()
+    gpu.require_gpu()

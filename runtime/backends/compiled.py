@@ -19,7 +19,7 @@ from aesanet.engines import (
 )
 from aesanet.errors import BackendError, BundleError, EngineMisfitError
 from aesanet.files import CacheFile
-from aesanet.machine import Gpu, cuda_gpu, load_cuda
+from aesanet.gpu import Gpu, cuda_gpu, load_cuda
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions, Support
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice

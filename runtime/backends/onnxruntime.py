@@ -11,8 +11,8 @@ import numpy as np
 
 from aesanet.bundle import GraphForm
 from aesanet.errors import BackendError
+from aesanet.gpu import compute_capability, require_gpu
 from aesanet.lengths import num_tokens
-from aesanet.machine import compute_capability, require_gpu
 from aesanet.runtime.backends.base import (
     Backend,
     BundleFiles,

@@ -13,13 +13,12 @@ import msgspec
 import numpy as np
 
 from aesanet.training.demo.degrade import HELD_OUT, LEVELS, TRAINED
-from aesanet.training.demo.render import Part, Reference, active_share, is_fit, render_reference
+from aesanet.training.demo.render import GAP_SECONDS, Part, Reference, active_share, is_fit, render_reference
 from aesanet.training.demo.sources import Kind, Source, Split, by_split, duration_seconds
 
 SEED: Final = 2509
 MAX_LAYERS: Final = 5
 SECONDS: Final = (3.0, 6.0)  # shortest and longest reference
-GAP_SECONDS: Final = 0.12  # between recordings joined to one reference
 LEAST_ACTIVE: Final = 0.5  # share of its time that a layer must be heard, to be one of several at the same time
 SINGLE_SECONDS: Final = 10.0  # longer effects are mostly places or songs
 
