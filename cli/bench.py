@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aesanet.cli.notes import extra, note
 from aesanet.cli.options import FiniteRange, engine_options
+from aesanet.commands import extra, note
 
 if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell

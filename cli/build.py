@@ -6,8 +6,8 @@ import click
 
 from aesanet.cli.compile import asked_for, compile, profiles_of
 from aesanet.cli.export import export
-from aesanet.cli.notes import extra
 from aesanet.cli.verify import check_asked, verify
+from aesanet.commands import extra
 
 
 def _build(**given: Any) -> None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from aesanet.cli.notes import note
 from aesanet.cli.options import FiniteRange
+from aesanet.commands import note
 from aesanet.errors import BackendError
 
 if TYPE_CHECKING:

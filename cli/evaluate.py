@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.notes import extra, note
+from aesanet.commands import extra, note
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:

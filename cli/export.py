@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aesanet.cli.notes import extra, note
+from aesanet.commands import extra, note
 from aesanet.errors import ClipError, InputError
 
 if TYPE_CHECKING:

@@ -1,18 +1,11 @@
 """The `aesanet` command: each family of commands is imported only when it is called."""
 
-import errno
 import importlib
-import logging
-import os
-import sys
-import traceback
 
 import click
 
 from aesanet import __version__
-from aesanet.cli.notes import EXIT_COULD_NOT_RUN, EXIT_INTERRUPTED, note
-from aesanet.errors import AesanetError
-from aesanet.interrupts import interrupt_on_sigterm
+from aesanet.commands import run
 
 _COMMANDS = {
     "export": ("export", "Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."),
@@ -60,30 +53,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors that we raise on purpose become one line and exit status 2."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
-    logging.basicConfig(format="aesanet: %(message)s")
-    interrupt_on_sigterm()
-    try:
-        sys.exit(cli.main(args=arguments, prog_name="aesanet", standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
-    except AesanetError as error:
-        note(str(error))
-        sys.exit(EXIT_COULD_NOT_RUN)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            note(f"{error.filename or 'stdout, or a file'}: {error.strerror}")
-        else:
-            traceback.print_exc()
-        sys.exit(EXIT_COULD_NOT_RUN)
-    except Exception:  # a fault of ours, which must not look like rows that failed
-        traceback.print_exc()
-        sys.exit(EXIT_COULD_NOT_RUN)
+    run(cli, "aesanet", arguments)
 
 
 if __name__ == "__main__":  # `torchrun -m aesanet.cli.main train ...`

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.notes import note
 from aesanet.cli.options import FiniteRange
 from aesanet.cli.sinks import check_out
+from aesanet.commands import note
 from aesanet.errors import InputError
 
 if TYPE_CHECKING:

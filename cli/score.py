@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet import __version__
-from aesanet.cli.notes import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.cli.options import FiniteRange, engine_options
+from aesanet.commands import EXIT_INTERRUPTED, EXIT_ROWS_FAILED, note
 from aesanet.errors import InputError
 from aesanet.interrupts import on_interrupt
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.notes import note
 from aesanet.cli.sinks import check_out
+from aesanet.commands import note
 from aesanet.errors import InputError
 
 _SUFFIXES: Final = (".jsonl", ".ndjson", ".parquet")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.notes import EXIT_INTERRUPTED, extra, note
 from aesanet.cli.options import Finite, FiniteRange
+from aesanet.commands import EXIT_INTERRUPTED, extra, note
 from aesanet.errors import InputError
 from aesanet.interrupts import on_interrupt
 from aesanet.words import some

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aesanet.cli.notes import EXIT_ROWS_FAILED, extra, note
 from aesanet.cli.options import BACKENDS
+from aesanet.commands import EXIT_ROWS_FAILED, extra, note
 from aesanet.errors import BackendError, BundleError, EngineMisfitError, InputError
 from aesanet.files import replacing
 

@@ -12,6 +12,7 @@ import torch
 from aesanet.benchmarks.experiments.heads import epoch_rows, head_rows, head_table, plot_heads
 from aesanet.benchmarks.experiments.languages import language_rows, language_table, plot_languages
 from aesanet.benchmarks.experiments.tables import provenance, write_rows
+from aesanet.commands import run
 from aesanet.machine import usable_cores
 from aesanet.training.demo import sources, synthetic
 from aesanet.training.demo.corpus import packages_folder
@@ -57,4 +58,4 @@ def languages(work: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(usable_cores())
-    experiments()
+    run(experiments, "python -m aesanet.benchmarks.experiments")

@@ -14,6 +14,7 @@ import click
 import msgspec
 import torch
 
+from aesanet.commands import run
 from aesanet.machine import processor_name, usable_cores
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.training.demo import sources, synthetic
@@ -113,4 +114,4 @@ def write_results(rows: Sequence[TableRow], out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(usable_cores())
-    recipe()
+    run(recipe, "python -m aesanet.training.demo")
