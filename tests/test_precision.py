@@ -141,9 +141,9 @@ def test_what_is_wrong_in_a_padded_batch_alone_is_seen():
 
     def worst(encoder=0.0, head=0.0):
         right = {name: Session(name, 0.0) for name in ("frontend", "encoder", "head")}
-        return half._worst_differences(
-            right, {"encoder": Session("encoder", encoder), "head": Session("head", head)}, clips
-        )
+        alone = [half._run(right, [clip])[0] for clip in clips]
+        off = {**right, "encoder": Session("encoder", encoder), "head": Session("head", head)}
+        return half._worst_differences(off, clips, alone)
 
     assert worst() == (0.0, 0.0)
     assert worst(encoder=0.25) == pytest.approx((0.25, 0.0))
