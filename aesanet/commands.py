@@ -40,6 +40,8 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started us
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115  (stays open)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (stays open)
     logging.basicConfig(format="aesanet: %(message)s")
     interrupt_on_sigterm()
     try:

@@ -16,13 +16,13 @@ AesanetError
 from typing import Final
 
 CLIP_ERROR_CODES: Final = {
-    "bad_row": "the manifest row is not an object with a usable `path`",
+    "bad_row": "the manifest row is not an object with a usable `path`, or its tar has several members of this name",
     "bad_segment": "`start_time` or `end_time` is not a number, is negative, or the end is not after the start",
     "not_found": "no such file",
     "not_a_file": "the path is a folder, a pipe, a device or a link that leads nowhere",
     "not_readable": "the file cannot be opened",
     "undecodable": "neither libsndfile nor ffmpeg, where there is one, knows the format, or it is damaged at its start",
-    "damaged_tar": "a tar that is none, or is damaged or ends early: its members from there on are lost",
+    "damaged_tar": "a tar that is none, or several in one, or is damaged or ends early: its members from there on are lost",
     "timeout": "ffmpeg gave nothing for 60 s",
     "no_audio": "the file or the segment holds no samples",
     "too_short": "shorter than 0.175 s, the least that the network can see",

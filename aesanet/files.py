@@ -3,11 +3,12 @@
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from aesanet.errors import InputError
 from aesanet.hashing import parts_sha256
 
 _LEFT_OVER_SECONDS: Final = 24 * 3600.0
@@ -23,6 +24,12 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def check_not_read(path: Path, read: Iterable[str | Path]) -> None:
+    """Raise InputError where a file that is to be written is one of those that are read."""
+    if path.exists() and any(os.path.exists(name) and os.path.samefile(name, path) for name in read):
+        raise InputError(f"{path}: is one of the inputs; give another name for what is written")
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def check_columns(path: Path, columns: Sequence[str]) -> bool:
 def read_rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV; raises InputError where there is none."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # as spreadsheets may write it
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

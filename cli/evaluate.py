@@ -8,6 +8,7 @@ import click
 from aesanet.axes import AXES
 from aesanet.commands import extra, note
 from aesanet.errors import InputError
+from aesanet.files import check_not_read
 
 if TYPE_CHECKING:
     from aesanet.training.evaluation import Evaluation, Metric
@@ -55,6 +56,9 @@ def evaluate(
 
     if plot is not None and plot.suffix.lower() not in PLOT_SUFFIXES:
         raise InputError(f"{plot}: a plot is {' or '.join(PLOT_SUFFIXES)}")
+    for out in (json_file, plot):
+        if out is not None:
+            check_not_read(out, [*labels, scores])
     pairs = _join(labels, scores, allow_missing)
     evaluation = evaluate_pairs(pairs, resamples)
     _print_table(evaluation)
@@ -84,6 +88,7 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
 
         from aesanet.training.calibration import apply_calibration, calibrate_checkpoint, fit_calibration
 
+    check_not_read(out, [*labels, scores])
     pairs = _join(labels, scores, allow_missing)
     calibration = fit_calibration(pairs.true, pairs.scores)
     calibrate_checkpoint(checkpoint, out, calibration)

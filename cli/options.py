@@ -25,6 +25,7 @@ class FiniteRange(click.FloatRange, Finite):
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+PAGE_SUFFIXES = (".html", ".htm")
 
 
 def engine_options(command: Command) -> Command:

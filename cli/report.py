@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aesanet.axes import AXES
-from aesanet.cli.options import FiniteRange
+from aesanet.cli.options import PAGE_SUFFIXES, FiniteRange
 from aesanet.cli.sinks import check_out
 from aesanet.commands import note
 from aesanet.errors import InputError
@@ -58,7 +58,7 @@ def report(
     from aesanet.runtime.results import read_results, score_files
 
     files = score_files(scores)
-    if out.suffix.lower() not in (".html", ".htm") or not out.absolute().parent.is_dir():
+    if out.suffix.lower() not in PAGE_SUFFIXES or not out.absolute().parent.is_dir():
         raise InputError(f"{out}: not a place for a page; give a .html in a folder that is there")
     check_out(out, overwrite, resume=False, inputs=tuple(files))
     summary = Summary(read_results(files, note), clips)

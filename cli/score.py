@@ -163,8 +163,10 @@ def score(
     if interrupted():
         note(f"interrupted after {tally.rows} rows{'' if total is None else f' of {total}'}, all of them written")
         if out is not None:
-            note("the same command with --resume, and without --overwrite, goes on from there")
+            note(f"the same command with --resume, and without --overwrite, goes on after row {sink.marked_rows}")
         sys.exit(EXIT_INTERRUPTED)
+    if not tally.rows:
+        raise InputError("no audio on standard input")
     if tally.failed:
         sys.exit(EXIT_ROWS_FAILED)
 

@@ -1,6 +1,5 @@
 """Where output rows go: JSON lines or a table on stdout, or a file that a run can be resumed in."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Protocol, TextIO
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
+from aesanet.files import check_not_read
 from aesanet.runtime.inputs import PARQUET_SUFFIX
 from aesanet.runtime.output import RowFile, State, Tally, read_state
 from aesanet.runtime.results import LONG_KEYS
@@ -22,6 +22,8 @@ class Sink(Protocol):
 
     tally: Tally
     finished: bool
+    marked_rows: int
+    """After how many rows a run that is resumed goes on."""
 
     def begin(self) -> None:
         """Start anew."""
@@ -46,7 +48,7 @@ class Stdout:
     """Rows for a pipe, or a table for people; there is nothing to go on with."""
 
     def __init__(self, table: bool) -> None:
-        self.tally, self.finished = Tally(), False
+        self.tally, self.finished, self.marked_rows = Tally(), False, 0
         self._write = _write_line if table else write_row
         self._table = table
 
@@ -137,8 +139,11 @@ def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str
         return
     if resume and overwrite:
         raise InputError("--resume and --overwrite: give one of them")
-    if any(os.path.exists(name) and out.exists() and os.path.samefile(name, out) for name in inputs):
-        raise InputError(f"{out}: is one of the inputs; give --out another name")
+    if not out.name:
+        raise InputError(f"{out}: no name of a file; give --out one, such as scores.jsonl")
+    if out.suffix.lower() in (".csv", ".tsv"):
+        raise InputError(f"{out}: rows are written as JSON lines, or as .parquet; give --out such a name")
+    check_not_read(out, inputs)
     if overwrite or resume:
         return
     state = read_state(out)

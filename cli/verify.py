@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aesanet.cli.options import BACKENDS
+from aesanet.cli.options import BACKENDS, PAGE_SUFFIXES
 from aesanet.commands import EXIT_ROWS_FAILED, extra, note
 from aesanet.errors import BackendError, BundleError, EngineMisfitError, InputError
 from aesanet.files import replacing
@@ -146,6 +146,8 @@ def check_asked(bundle: Path, backend: str, html: Path | None) -> None:
     from aesanet.runtime.backends import supported_backends
 
     if html is not None:
+        if html.suffix.lower() not in PAGE_SUFFIXES:
+            raise InputError(f"{html}: a page is {' or '.join(PAGE_SUFFIXES)}; give it such a name")
         folder = html.absolute().parent
         inside = bundle.resolve() in html.resolve().parents
         if (html.exists() and not html.is_file()) or inside or not os.access(folder, os.W_OK):

@@ -15,6 +15,8 @@ from aesanet.runtime.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 PARQUET_SUFFIX = ".parquet"
 
+_FIELD_CHARACTERS = 2**24  # a transcript, or JSON of many segments
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 
 
@@ -70,13 +72,25 @@ def _file(path: str) -> Iterator[Row]:
 def _folder(folder: str) -> Iterator[Row]:
     """Rows of a folder's audio files; a folder in it that cannot be read is a row too, with its error."""
     unread: list[OSError] = []
-    for parent, folders, files in os.walk(folder, onerror=unread.append):
-        folders.sort()
+    for parent, folders, files in os.walk(folder, onerror=unread.append, followlinks=True):
+        folders[:] = sorted(name for name in folders if not _leads_back(folder, os.path.join(parent, name)))
         for name in sorted(files):
             if is_audio(name) or is_tar(name):
                 yield from _file(os.path.join(parent, name))
     for error in unread:
         yield Row({"path": error.filename}, ClipError("not_readable", f"a folder: {error.strerror}"))
+
+
+def _leads_back(folder: str, path: str) -> bool:
+    """Is this, below a folder that is searched, a link to where the search has come through?"""
+    if not os.path.islink(path):
+        return False
+    there = os.path.realpath(path).rstrip(os.sep) + os.sep
+    while len(path) > len(folder.rstrip(os.sep)):
+        path = os.path.dirname(path)
+        if f"{os.path.realpath(path)}{os.sep}".startswith(there):
+            return True
+    return False
 
 
 def _manifest(name: str) -> Iterator[Row]:
@@ -113,13 +127,15 @@ def _json_row(text: str) -> Row:
 
 def _table(name: str, file: BinaryIO, delimiter: str) -> Iterator[Row]:
     file.seek(len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0)
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_CHARACTERS))
     text: Iterable[str] = (os.fsdecode(line) for line in file)
     table = csv.reader(text, delimiter=delimiter, strict=True)
+    records = map(_record, text) if delimiter == "\t" else table
     try:
-        header = next(table, [])
+        header = [column.strip() for column in next(records, [])]
         if "path" not in header or len(set(header)) < len(header):
             raise InputError(f"{name}: its columns are {header}; it must have a `path`, and no name twice")
-        for fields in table:
+        for fields in records:
             if not fields:
                 continue
             if len(fields) == len(header):
@@ -129,3 +145,11 @@ def _table(name: str, file: BinaryIO, delimiter: str) -> Iterator[Row]:
                 yield Row({"line": line}, ClipError("bad_row", f"{len(fields)} fields; the header has {len(header)}"))
     except csv.Error as error:
         raise InputError(f"{name}: line {table.line_num}: {error}") from None
+
+
+def _record(line: str) -> list[str]:
+    """A line of a TSV; one whose quotes are none of a spreadsheet's is taken as it is."""
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True), [])
+    except csv.Error:
+        return line.rstrip("\r\n").split("\t")

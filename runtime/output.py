@@ -68,6 +68,8 @@ class RowFile:
         self.tally = Tally()
         self.finished = False
         """Had the run that is gone on with come to its end?"""
+        self.marked_rows = 0
+        """After how many rows a run that is resumed goes on."""
         self._run = json.loads(json.dumps(run))
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
@@ -114,6 +116,7 @@ class RowFile:
                 "or give --overwrite to start anew"
             )
         self._cut(state.bytes)
+        self.marked_rows = state.rows
         return True
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -125,6 +128,7 @@ class RowFile:
 
     def mark(self) -> None:
         """All rows so far are whole, and nothing that comes depends on them."""
+        self.marked_rows = self.tally.rows
         if self._keeps_state:
             os.fsync(self._file)  # so that the state never tells of rows that a power cut took
             self._write_state(State(_FORMAT, self._run, self.tally.rows, self._file.tell()))

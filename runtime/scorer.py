@@ -239,11 +239,11 @@ def _mono(samples: np.ndarray) -> np.ndarray:
             f"samples are {samples.dtype} {list(samples.shape)}; they must be floating, [samples] or "
             "[samples, channels], in [-1, 1): divide 16-bit integers by 32768"
         )
+    if not samples.size:
+        raise ClipError("no_audio", "an array of no samples")
     if samples.ndim == 2 and samples.shape[1] > samples.shape[0]:
         raise ValueError(
             f"samples are {list(samples.shape)}, with more channels than samples; give [samples, channels]"
         )
-    if not len(samples):
-        raise ClipError("no_audio", "an array of no samples")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused next
         return checked_mono(samples.reshape(len(samples), -1).astype(np.float32))

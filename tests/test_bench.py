@@ -351,6 +351,14 @@ def test_other_files_are_refused(tiny_bundle, tmp_path, capsys, monkeypatch):
     assert "other.csv: row 2 has not as many cells as there are columns" in capsys.readouterr().err
 
 
+def test_a_file_that_a_spreadsheet_has_saved_is_read_too(tmp_path, capsys):
+    path = tmp_path / "cold.csv"
+    write_csv(path, COLD)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run("bench", "report", path) == 0
+    assert "An Abacus, 3 cores; untrained weights; 2026-01-02." in capsys.readouterr().out
+
+
 def test_a_cell_that_is_no_number_is_told(tmp_path, capsys):
     assert run("bench", "report", latency_csv(tmp_path / "latency.csv", milliseconds_p50="2 ms")) == 2
     assert "latency.csv: a cell is not as `aesanet bench` writes it: could not convert" in capsys.readouterr().err

@@ -193,6 +193,31 @@ def test_a_full_disk_is_one_line(tiny_bundle, audio):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "no name of a file"),
+        ("/", "no name of a file"),
+        ("rows.csv", "as JSON lines, or as .parquet"),
+        ("rows.TSV", "as JSON lines, or as .parquet"),
+    ],
+)
+def test_rows_go_to_files_that_can_be_read_again(tiny_bundle, audio, name, told):
+    _, err = aesanet("score", tiny_bundle, audio, "--out", name, status=2)
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_standard_input_that_is_closed_or_empty_has_no_audio(tiny_bundle):
+    _, err = aesanet("score", tiny_bundle, "-", stdin="", status=2)
+    assert "aesanet: no audio on standard input" in err
+    for command, status in (("score $1 -", 2), ("select -", 0), ("report - --out r.html", 2)):
+        line = f"{shlex.join(COMMAND)} {command} <&-"
+        done = subprocess.run(["sh", "-c", line, "sh", tiny_bundle], capture_output=True, text=True, timeout=300)
+        assert done.returncode == status
+        assert "Traceback" not in done.stderr
+
+
 def test_doctor_tells_versions_engines_and_codecs():
     out = CliRunner().invoke(cli, ["doctor"]).output
     for told in (

@@ -351,6 +351,17 @@ def test_evaluate_prints_a_table_and_writes_numbers_and_a_plot(files, tmp_path):
     assert to[1].stat().st_size > 1000
 
 
+def test_what_is_read_is_not_written_over(files, capsys):
+    labels, scores = files
+    for path in (labels, scores):
+        before = path.read_bytes()
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", "--labels", str(labels), "--scores", str(scores), "--json", str(path)])
+        assert stopped.value.code == 2
+        assert "is one of the inputs" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
 def test_evaluate_says_why_a_number_is_missing(write, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("path,PQ\na.wav,1\nb.wav,2\nc.wav,3\n")

@@ -27,6 +27,20 @@ def test_a_folder_is_searched_recursively_in_the_order_of_names(tmp_path):
     assert found == ["b.wav", "a/10.mp3", "a/2.FLAC", "z/z.ogg"]
 
 
+def test_folders_that_are_linked_are_searched_too_but_not_for_ever(tmp_path, monkeypatch):
+    for name in ("in/a.wav", "in/sub/b.wav", "out/c.wav", "in2/d.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "in" / "link").symlink_to("../out")
+    (tmp_path / "in" / "sub" / "back").symlink_to("../../in")
+    (tmp_path / "out" / "also").symlink_to("../in2")
+    (tmp_path / "in2" / "round").symlink_to("../in")
+    monkeypatch.chdir(tmp_path / "in")
+    for top in (str(tmp_path / "in"), f"{tmp_path}/in//", ".", "../in/"):
+        found = [os.path.relpath(row.given["path"], top) for row in read_rows([top])]
+        assert found == ["a.wav", "link/c.wav", "link/also/d.wav", "sub/b.wav"]
+
+
 def test_globs_literal_names_and_missing_files(tmp_path):
     for name in ("a1.wav", "a2.wav", "b[1].wav"):
         (tmp_path / name).touch()
@@ -78,6 +92,23 @@ def test_tables(tmp_path, suffix, delimiter):
     with pytest.raises(ClipError, match="start_time is 'x'"):
         rows[3].clip()
     assert rows[3].given["path"] == 'q"uote.wav'
+
+
+def test_columns_are_known_with_spaces_around_their_names_and_fields_may_be_long(tmp_path):
+    text = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"path, start_time ,end_time,text\na.wav, 1, 2,{text}\n")
+    (row,) = read_rows([str(tmp_path / "a.csv")])
+    assert row.clip() == Clip("a.wav", 1.0, 2.0)
+    assert row.given["text"] == text
+
+
+@pytest.mark.parametrize(
+    "text", ['"Hello', 'world"', '"Hi" she said', 'she said "hi"', "it's", '"', '""', '"a\\"b', "", '"all of it"']
+)
+def test_quotes_in_a_tsv_are_of_their_line(tmp_path, text):
+    (tmp_path / "a.tsv").write_text(f"path\ttext\na.wav\t{text}\r\nb.wav\t{text}\n")
+    plain = {'""': "", '"all of it"': "all of it"}.get(text, text)  # as a spreadsheet quotes
+    assert given_rows(tmp_path / "a.tsv") == [{"path": name, "text": plain} for name in ("a.wav", "b.wav")]
 
 
 def test_what_cannot_be_read_at_all(tmp_path):

@@ -179,6 +179,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(kind, tiny_bundle, manife
     scorer = Scorer.open(tiny_bundle, "cpu", backend="onnxruntime")
     run = scorer.pipeline(read_rows([str(manifest)]), scorer.settings(2, 4.0)).run()
     assert state["rows"] in {0, *(found.rows for found in run if isinstance(found, GroupEnd))}
+    assert f"without --overwrite, goes on after row {state['rows']}\n" in err
     assert f"going on after {state['rows']} rows" in finished(tiny_bundle, manifest, out, "--resume")
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 

@@ -293,6 +293,12 @@ def test_an_engine_that_cannot_load_the_bundle_gives_way_to_the_next(tiny_bundle
         Scorer.open(tiny_bundle, backend="openvino")
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (16_000, 0)])
+def test_an_array_of_no_samples_is_an_error_in_its_place(tiny_bundle, shape):
+    found = Scorer.open(tiny_bundle).score([(np.zeros(shape), 16_000), (np.full(16_000, 0.1), 16_000)])
+    assert (found[0].code, found[1].seconds) == ("no_audio", 1.0)
+
+
 @pytest.mark.parametrize("audio", [np.zeros(9), ("a.wav", "b.wav", 1), None, 5])
 def test_what_is_no_audio_at_all(tiny_bundle, audio):
     with pytest.raises(TypeError, match="give a path"):

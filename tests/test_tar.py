@@ -86,6 +86,7 @@ def test_rows_are_the_audio_of_samples_with_their_json(tmp_path):
         {"member": "a.b/2.left.mp3", "json": [1]},
         {"member": "a.b/2.right.MP3", "json": [1]},
         {"member": "c/2.opus"},
+        {"member": "d.wav", "json": {}},
         {"member": "g.wav"},
         {"member": "0.ogg"},
     ]
@@ -132,6 +133,73 @@ def test_compressed_tars_are_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match="uncompress it first"):
         rows(tmp_path / name)
+
+
+def write_links(path, *members):
+    """Members are names with bytes, or with the type of a link and what it leads to."""
+    with tarfile.open(path, "w") as file:
+        for name, *content in members:
+            info = tarfile.TarInfo(name)
+            if len(content) == 2:
+                info.type, info.linkname = content
+                file.addfile(info)
+            else:
+                info.size = len(content[0])
+                file.addfile(info, io.BytesIO(content[0]))
+
+
+def test_links_are_what_they_lead_to(tmp_path):
+    path, hard, soft = tmp_path / "a.tar", tarfile.LNKTYPE, tarfile.SYMTYPE
+    write_links(
+        path,
+        ("early.wav", soft, "d/link.wav"),
+        ("./d/real.wav", audio(seconds=0.5)),
+        ("d/hard.wav", hard, "./d/real.wav"),
+        ("d/link.wav", soft, "hard.wav"),
+        ("d/up.wav", soft, "../d/real.wav"),
+        ("gone.wav", soft, "/data/real.wav"),
+        ("one.wav", soft, "two.wav"),
+        ("two.wav", soft, "one.wav"),
+    )
+    found = rows(path)
+    assert len(found) == 8
+    ends = {row.given["member"]: run(row.clip())[1] for row in found}
+    assert {name for name, end in ends.items() if isinstance(end, ClipError)} == {"gone.wav", "one.wav", "two.wav"}
+    assert all(end.seconds == 0.5 for end in ends.values() if not isinstance(end, ClipError))
+    assert (ends["gone.wav"].code, ends["gone.wav"].message) == (
+        "not_found",
+        "a link to /data/real.wav, which is not in the tar",
+    )
+
+
+def test_links_that_tar_itself_writes(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "1.wav").write_bytes(audio(seconds=0.5))
+    os.link(tmp_path / "d" / "1.wav", tmp_path / "d" / "2.wav")
+    os.symlink("1.wav", tmp_path / "d" / "3.wav")
+    subprocess.run(["tar", "cf", tmp_path / "a.tar", "-C", tmp_path, "./d"], check=True)
+    found = rows(tmp_path / "a.tar")
+    assert sorted(row.given["member"] for row in found) == ["./d/1.wav", "./d/2.wav", "./d/3.wav"]
+    assert [run(row.clip())[1].seconds for row in found] == [0.5] * 3
+
+
+@pytest.mark.parametrize("between", [[], [("b.wav", audio(seconds=0.5))]])
+def test_a_name_that_a_tar_has_twice_is_an_error_each_time(tmp_path, between):
+    """One row would be of the other's audio."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [("a.wav", audio(seconds=0.5)), *between, ("a.wav", audio(seconds=0.2)), ("c.wav", audio())])
+    codes = [getattr(run(row.clip())[1], "code", None) for row in rows(path)]
+    assert codes == ["bad_row", *[None] * len(between), "bad_row", None]
+
+
+def test_several_tars_in_one_lose_no_member_in_silence(tmp_path):
+    parts = []
+    for name in "ab":
+        write_tar(tmp_path / name, [(f"{name}.wav", audio(seconds=0.5))])
+        parts.append((tmp_path / name).read_bytes())
+    (tmp_path / "both.tar").write_bytes(b"".join(parts))
+    assert names(tmp_path / "both.tar") == ["a.wav", None]
+    assert "several in one" in rows(tmp_path / "both.tar")[-1].error.message
 
 
 def test_what_is_no_tar(tmp_path):

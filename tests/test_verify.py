@@ -283,6 +283,11 @@ def test_the_page_holds_all_and_needs_nothing_else(half_bundle, tiny_checkpoint,
     capsys.readouterr()
     assert check(bundle, tiny_checkpoint, "--html", tmp_path / "no" / "page.html", "--backend", "openvino") == 2
     assert "page.html: not a place for a page" in capsys.readouterr().err
+    shutil.copy(tiny_checkpoint, tmp_path / "mine.safetensors")
+    mine = (tmp_path / "mine.safetensors", "--html", tmp_path / "mine.safetensors", "--backend", "openvino")
+    assert check(bundle, *mine) == 2
+    assert "mine.safetensors: a page is .html or .htm; give it such a name" in capsys.readouterr().err
+    assert (tmp_path / "mine.safetensors").read_bytes() == tiny_checkpoint.read_bytes()
     monkeypatch.chdir(bundle.parent)
     for place, where in ((bundle, bundle), (Path(bundle.name), bundle), (bundle, Path(bundle.name))):
         assert check(place, tiny_checkpoint, "--html", where / "page.html", "--backend", "openvino") == 2
