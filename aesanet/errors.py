@@ -22,7 +22,7 @@ CLIP_ERROR_CODES: Final = {
     "not_a_file": "the path is a folder, a pipe, a device or a link that leads nowhere",
     "not_readable": "the file cannot be opened",
     "undecodable": "neither libsndfile nor ffmpeg, where there is one, knows the format, or it is damaged at its start",
-    "damaged_tar": "a tar that is none, is damaged, ends early or is several in one: its members from there on are lost",
+    "damaged_tar": "a tar that is none, damaged, cut short or several in one: its members from there on are lost",
     "timeout": "ffmpeg gave nothing for 60 s",
     "no_audio": "the file or the segment holds no samples",
     "too_short": "shorter than 0.175 s, the least that the network can see",
