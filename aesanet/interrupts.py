@@ -1,9 +1,10 @@
 """Ctrl-C, and SIGTERM, with which schedulers, containers and `timeout` end a process: the same to every command."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final
 
@@ -14,6 +15,14 @@ def interrupt_on_sigterm() -> None:
     """Have SIGTERM raise KeyboardInterrupt, too, so that temporary files go; where nobody else has a use for it."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_end_on_sigterm)
+
+
+def _end_on_sigterm() -> None:
+    """As it was: a pool of processes ends its workers so, which would take an interrupt for their work's error."""
+    with suppress(ValueError):  # forked by another thread than the main one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`aesanet evaluate` and `aesanet calibrate`: scores beside human labels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,10 @@ _labels = click.option(
     help="A label file (.csv, .tsv, .jsonl): a path or sample_id, and axes by name. May be given several times.",
 )
 _scores = click.option(
-    "--scores", required=True, type=click.Path(path_type=Path), help="What `aesanet score` wrote: .jsonl or .parquet."
+    "--scores",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="What `aesanet score` wrote: .jsonl, .parquet or `-`.",
 )
 _allow_missing = click.option("--allow-missing", is_flag=True, help="Leave labels without a score out.")
 
@@ -89,7 +93,7 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
         from aesanet.training.calibration import apply_calibration, calibrate_checkpoint, fit_calibration
 
     check_not_read(out, [*labels, scores])
-    pairs = _join(labels, scores, allow_missing)
+    pairs = _join(labels, scores, allow_missing, None)  # which fits to no part of a run
     calibration = fit_calibration(pairs.true, pairs.scores)
     calibrate_checkpoint(checkpoint, out, calibration)
     calibrated = apply_calibration(calibration, pairs.scores)
@@ -105,16 +109,21 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
     note(f"{out}: calibrated; export it to score with it. The MSE after is of the clips that it was fitted to")
 
 
-def _join(labels: tuple[Path, ...], scores: Path, allow_missing: bool) -> "ScoredClips":
+def _join(
+    labels: tuple[Path, ...], scores: Path, allow_missing: bool, torn: Callable[[str], None] | None = note
+) -> "ScoredClips":
+    from aesanet.runtime.results import STDIN
+
     with extra("train"):
         from aesanet.training.joining import join
         from aesanet.training.labels import read_labels
 
-    pairs = join(read_labels(labels), scores, allow_missing, note)
+    pairs = join(read_labels(labels), scores, allow_missing, torn)
     if pairs.missing:
         note(f"{pairs.missing} labels have no score and are left out")
     if pairs.unused:
-        note(f"{pairs.unused} rows of {scores} have no label and are left out")
+        name = "standard input" if str(scores) == STDIN else scores
+        note(f"{pairs.unused} rows of {name} have no label and are left out")
     return pairs
 
 

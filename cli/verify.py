@@ -253,7 +253,7 @@ def _keep(bundle: Path, kind: str, result: Any, announced: str) -> None:
     from aesanet.export.writer import change_manifest
 
     def enter(manifest: "Manifest") -> "Manifest":
-        others = {name: before for name, before in manifest.verified.items() if name != announced}
+        others = {name: old for name, old in manifest.verified.items() if name != announced or old.windows}
         return msgspec.structs.replace(manifest, verified=others | {kind: result})
 
     try:

@@ -24,7 +24,7 @@ _log = logging.getLogger("aesanet")
 
 # What may go when a bundle is replaced: its files, and what a process that was killed or a file manager has left.
 _OF_BUNDLES = re.compile(
-    rf"\.?{re.escape(MANIFEST_NAME)}(\.[0-9a-f]+)?|{ENGINES_FOLDER}|({'|'.join(GRAPH_NAMES)})(\.fp16|\.fused)?\.(onnx|weights)"
+    rf"{re.escape(MANIFEST_NAME)}|\.{re.escape(MANIFEST_NAME)}\.([0-9a-f]{{16}}|\d+)|{ENGINES_FOLDER}|({'|'.join(GRAPH_NAMES)})(\.fp16|\.fused)?\.(onnx|weights)"
     r"|\.DS_Store|desktop\.ini|Thumbs\.db|\.nfs.*"
 )
 _OF_ENGINES = re.compile(r"[0-9a-f]{64}|build\.log|\.[0-9a-f]{8}\..*")

@@ -3,6 +3,7 @@
 import csv
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
@@ -15,6 +16,8 @@ from aesanet.runtime.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 PARQUET_SUFFIX = ".parquet"
 
+# An object or a list, and no name that begins with a bracket, as those of recordings may: [live] a.wav
+_JSON = re.compile(r'\s*(\{|\[(\s*$|\s*[\[{"]|.*\]\s*$))', re.DOTALL)
 _FIELD_CHARACTERS = 2**24  # a transcript, or JSON of many segments
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
@@ -109,17 +112,14 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
     for line in file:
         text = os.fsdecode(line.removeprefix(BYTE_ORDER_MARK)).strip("\r\n")
         if text.strip():
-            yield _json_row(text) if text.lstrip().startswith(("{", "[")) else Row({"path": text})
+            yield _json_row(text) if _JSON.match(text) else Row({"path": text})
 
 
 def _json_row(text: str) -> Row:
     try:
         given = parse_json(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("[") and isinstance(error, ValueError):
-            return Row({"path": text})  # as names of recordings may begin
-        reason = f'not a JSON object: {error}; a path that starts so is to be given as {{"path": ...}}'
-        return Row({"line": text}, ClipError("bad_row", reason))
+        return Row({"line": text}, ClipError("bad_row", f"not a JSON object: {error}"))
     if not isinstance(given, dict):
         return Row({"line": text}, ClipError("bad_row", f"a JSON {type(given).__name__}; it must be an object"))
     return Row(given)

@@ -66,8 +66,11 @@ def read_results(files: Sequence[str], note: Note = lambda _: None) -> Iterator[
             yield _result(place, row)
 
 
-def output_rows(name: str, note: Note) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a file stands, and the row without its long lists, whatever is in it; as `read_results`."""
+def output_rows(name: str, note: Note | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a file stands, and the row without its long lists, whatever is in it; as `read_results`.
+
+    A last line that is torn is an error where nobody is told of it, and where it is the only one.
+    """
     if name.lower().endswith(PARQUET_SUFFIX):
         from aesanet.runtime.parquet import read_parquet
 
@@ -83,7 +86,7 @@ def output_rows(name: str, note: Note) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"{name}: {error.strerror}") from None
 
 
-def _json_rows(name: str, file: BinaryIO, note: Note) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(name: str, file: BinaryIO, note: Note | None) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(file, start=1):
         text = os.fsdecode(line.removeprefix(BYTE_ORDER_MARK))
         if not text.strip():
@@ -92,7 +95,7 @@ def _json_rows(name: str, file: BinaryIO, note: Note) -> Iterator[tuple[str, dic
         try:
             row = parse_json(text)
         except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and number > 1 and note is not None:
                 note(f"{place}, the last, is torn and left out; is a run still writing it?")
                 return
             raise InputError(f"{place}: not a JSON object: {error}; give what `aesanet score` wrote") from None

@@ -47,6 +47,8 @@ def find_member(path: str, descriptor: int, member: str) -> tuple[int, int]:
     """Where in an open tar a member's bytes are, as offset and size; raises ClipError."""
     stat = os.fstat(descriptor)
     with _INDEXING:
+        reading = _reading(path, stat.st_size, stat.st_mtime_ns)
+    with reading:
         places, damage = _index(path, stat.st_size, stat.st_mtime_ns)
     place = places.get(member, damage or ClipError("not_found", "no such member in the tar"))
     if isinstance(place, ClipError):
@@ -57,7 +59,13 @@ def find_member(path: str, descriptor: int, member: str) -> tuple[int, int]:
 _Place: TypeAlias = tuple[int, int] | ClipError
 """Offset and size of a member's bytes, or why it cannot be told."""
 
-_INDEXING = Lock()  # one thread reads a tar's headers, and those that want the same wait for it
+_INDEXING = Lock()
+
+
+@lru_cache(8 * NUM_INDEXES)
+def _reading(path: str, size: int, modified: int) -> Lock:
+    """One thread reads a tar's headers, and those that want the same tar's wait for it."""
+    return Lock()
 
 
 @lru_cache(NUM_INDEXES)

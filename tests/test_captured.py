@@ -140,6 +140,23 @@ def test_graphs_that_went_out_of_use_give_way_together(provider, tiny_bundle, mo
         assert np.allclose(scores, plain.scores(*batch), atol=2e-5)
 
 
+def test_sessions_stay_where_no_shape_lacks_room_or_one_never_fits(provider, tiny_bundle, monkeypatch):
+    monkeypatch.setattr(captured, "GRAPHS_KEPT", 3)
+    monkeypatch.setattr(captured, "_IDLE_RUNS", 10)
+    monkeypatch.setattr(captured, "_KEPT_SAMPLES", 150_000)
+    backend = opened(tiny_bundle, cuda_graphs=True)
+    rng = np.random.default_rng(0)
+    small, refused, other, huge = (clips(rng, lengths) for lengths in ([4_000], [8_000], [12_000], [40_000] * 4))
+    for batch in (small, other, refused):  # a window's is there, too
+        for _ in range(2):
+            backend.scores(*batch)
+    for _ in range(30):
+        backend.scores(*small)
+    for _ in range(30):
+        backend.scores(*huge)
+    assert len(provider.sessions) == 3
+
+
 @pytest.mark.parametrize("must", [True, "try"])
 def test_where_sessions_cannot_be_had_anew_that_is_as_at_first(provider, tiny_bundle, monkeypatch, capsys, must):
     monkeypatch.setattr(captured, "GRAPHS_KEPT", 1)

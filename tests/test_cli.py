@@ -32,6 +32,24 @@ def aesanet(*arguments, stdin=None, status=0):
     return done.stdout, done.stderr
 
 
+KILLED_WORKER = """
+import os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import click
+from aesanet.commands import run
+
+@click.command()
+def command():
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        busy, idle = pool.submit(time.sleep, 600), pool.submit(os.getpid)
+        os.kill(idle.result(), signal.SIGKILL)
+        busy.result()
+
+run(command, "pool", [])
+"""
+
+
 def rows_of(text):
     return [json.loads(line) for line in text.splitlines()]
 
@@ -216,6 +234,14 @@ def test_standard_input_that_is_closed_or_empty_has_no_audio(tiny_bundle):
         done = subprocess.run(["sh", "-c", line, "sh", tiny_bundle], capture_output=True, text=True, timeout=300)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_is_killed_ends_its_pool_and_the_command(tmp_path):
+    """Others are ended by SIGTERM then, which would be their work's error if it were an interrupt there, too."""
+    (tmp_path / "pool.py").write_text(KILLED_WORKER)
+    done = subprocess.run([sys.executable, tmp_path / "pool.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "BrokenProcessPool" in done.stderr
 
 
 def test_doctor_tells_versions_engines_and_codecs():

@@ -233,6 +233,13 @@ def test_verify_leaves_out_what_is_for_others_and_fails_what_is_broken(
         with pytest.raises(SystemExit):
             main(command)
         assert "tensorrt cuda fp16" not in read_manifest(bundle).verified  # which was said of no engine by its key
+        manifest = read_manifest(bundle)
+        (other,) = (found for kind, found in manifest.verified.items() if kind.startswith("tensorrt"))
+        verified = {**manifest.verified, "tensorrt cuda fp16": other}  # by another machine, say
+        write_manifest(bundle, msgspec.structs.replace(manifest, verified=verified))
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "tensorrt cuda fp16" in read_manifest(bundle).verified
 
 
 @pytest.mark.usefixtures("compiled")

@@ -154,6 +154,11 @@ def test_scores_in_parquet_and_of_a_run_that_goes_on(write, tmp_path):
     path.write_text(json.dumps(row("a.wav")) + '\n{"path": "b.w')
     assert join(labels, path, allow_missing=True, note=said.append).missing == 1
     assert "line 2, the last, is torn and left out" in said[0]
+    with pytest.raises(InputError, match="line 2: not a JSON object"):
+        join(labels, path, allow_missing=True)
+    path.write_text("junk")
+    with pytest.raises(InputError, match="line 1: not a JSON object"):
+        join(labels, path, allow_missing=True, note=said.append)
 
 
 # Evaluation

@@ -199,6 +199,7 @@ def test_what_is_not_the_old_bundles_own_is_not_removed_with_it(tiny_checkpoint,
     (bundle / "engines" / key).mkdir(parents=True)
     for name in (
         ".bundle.json.17",
+        ".bundle.json.0123456789abcdef",
         ".DS_Store",
         "encoder.fp16.weights",
         "engines/build.log",
@@ -209,7 +210,7 @@ def test_what_is_not_the_old_bundles_own_is_not_removed_with_it(tiny_checkpoint,
     link.symlink_to(bundle)
     with pytest.raises(ExportError, match=f"link: is a link; give the folder itself, {bundle}"):
         export_bundle(tiny_checkpoint, link)
-    for name in ("scores.jsonl", "engines/notes.txt"):
+    for name in ("scores.jsonl", "engines/notes.txt", "bundle.json.bad"):
         (bundle / name).write_text("years of work")
         with pytest.raises(ExportError, match=f"holds what is no bundle's: {name}; move that away"):
             export_bundle(tiny_checkpoint, bundle)

@@ -124,6 +124,16 @@ def test_a_profile_whose_fewest_clips_do_not_fit_gives_way(simulated, reference,
     assert told == ["the GPU's memory is full with 5 clips a batch; taking 2 from now on"]
 
 
+def test_a_profile_of_longer_clips_takes_those_at_its_edge_where_the_memory_is_full(simulated, reference):
+    """A window is often as long as a profile's longest clips, and as another's shortest."""
+    bounds = make_profiles([(3.0, 6, 6, 6), (4.0, 1)])
+    batch = noise(np.random.default_rng(0), [48_000])
+    backend = simulated.open(profiles=bounds)
+    backend.scores(*noise(np.random.default_rng(0), [48_001]))
+    backend = simulated.open(profiles=bounds, capacity=int(1.2 * sum(simulated.cuda.held.values())))
+    np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
+
+
 def test_where_the_fewest_clips_that_an_engine_takes_do_not_fit_that_is_said(simulated):
     bounds = make_profiles([(4.0, 4, 6, 6)])
     batch = noise(np.random.default_rng(0), [LONGEST] * 2)

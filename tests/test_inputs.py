@@ -61,14 +61,18 @@ def test_json_lines_keep_their_keys_and_bad_ones_stay_rows(tmp_path):
         "[" * 100_000,
         "plain/path with spaces.wav",
         "[live] song.mp3",
+        "[",
+        '[{"path": "a.wav"},',
+        '{"path": "a.wav"},',
+        "[12] [1994].wav",
     ]
     (tmp_path / "m.jsonl").write_text("\ufeff" + "\r\n".join(lines))
     rows = list(read_rows([str(tmp_path / "m.jsonl")]))
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert rows[0].given == json.loads(lines[0])
     assert rows[0].clip() == Clip("a.wav", 0.0, 5.0)
-    assert [row.given for row in rows[6:]] == [{"path": line} for line in lines[7:]]
-    for row in rows[1:6]:
+    assert [row.given for row in (*rows[6:8], rows[11])] == [{"path": line} for line in (*lines[7:9], lines[12])]
+    for row in rows[1:6] + rows[8:11]:
         with pytest.raises(ClipError) as caught:
             row.clip()
         assert caught.value.code == "bad_row"

@@ -358,6 +358,28 @@ def test_a_tar_is_searched_once_for_all_members_and_again_when_it_changes(tmp_pa
     assert run(Clip(str(path), member="50.wav"))[1].seconds == pytest.approx(0.2)
 
 
+def test_a_tar_that_is_known_does_not_wait_for_another(tmp_path, monkeypatch):
+    known, slow = tmp_path / "known.tar", tmp_path / "slow.tar"
+    for path in (known, slow):
+        write_tar(path, [("a.wav", audio(seconds=0.5))])
+    assert run(Clip(str(known), member="a.wav"))[1].seconds == 0.5
+    begun, go_on = threading.Event(), threading.Event()
+    search = tar._Members.__iter__
+
+    def wait(members):
+        begun.set()
+        assert go_on.wait(60)
+        return search(members)
+
+    monkeypatch.setattr(tar._Members, "__iter__", wait)
+    thread = threading.Thread(target=run, args=(Clip(str(slow), member="a.wav"),))
+    thread.start()
+    assert begun.wait(60)
+    assert run(Clip(str(known), member="a.wav"))[1].seconds == 0.5
+    go_on.set()
+    thread.join()
+
+
 def test_threads_read_one_tar_at_once(tmp_path, monkeypatch):
     path = str(tmp_path / "a.tar")
     write_tar(path, [(f"{n}.flac", audio("FLAC", seed=n)) for n in range(8)])

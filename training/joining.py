@@ -50,7 +50,7 @@ class _Row:
 
 
 def join(
-    labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool = False, note: Note = lambda _: None
+    labels: Sequence[LabelledClip], scores: str | Path, allow_missing: bool = False, note: Note | None = None
 ) -> ScoredClips:
     """Find the score of each label in a file that `aesanet score` wrote (JSON lines, .parquet, or `-`: standard input).
 
@@ -58,7 +58,7 @@ def join(
     root (or id, where it has no path) ends the row's path, folder by folder; where none does, file suffixes are left
     out of the comparison. With `allow_missing`, labels without a score are left out.
 
-    note : is told of a last line that is torn, and left out
+    note : is told of a last line that is torn, and left out; without, that is an error
 
     Raises InputError for a line that is no such row, a row that fits two labels, a label that fits two rows, labels
     without a score, and when nothing is left.

@@ -99,6 +99,7 @@ class GridRuns:
 
     def _run(self, key: tuple[int, int], waveform: np.ndarray, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
         self._runs += 1
+        self._full = False
         known = self._captured.get(key)
         if known is None and not self._worth_it(key):
             return self._sessions.run(waveform, tokens)
@@ -119,8 +120,9 @@ class GridRuns:
         if len(self._seen) > _SEEN_SHAPES:
             self._seen.popitem(last=False)
         kept = sum(rows * samples for rows, samples in (*self._captured, key))
-        self._full = again and (kept > _KEPT_SAMPLES or len(self._captured) >= GRAPHS_KEPT)
-        return again and not self._full
+        fits = kept <= _KEPT_SAMPLES and len(self._captured) < GRAPHS_KEPT
+        self._full = again and not fits and key[0] * key[1] <= _KEPT_SAMPLES
+        return again and fits
 
     def _capture(self, key: tuple[int, int], number: int) -> _Captured:
         """Capture the graphs on silence: one that kept what it was captured on would be found out by `_check`."""

@@ -103,7 +103,7 @@ class TensorRTBackend(Backend):
                       PyTorch or cuda.core). What is given to it later waits until the waveform was read. Without a
                       stream, the array must be complete, and stay as it is until the scores are there
 
-        Raises BackendError, or DeviceMemoryError where not even one clip fits into the GPU's memory.
+        Raises BackendError, or DeviceMemoryError where not even the fewest clips fit into the GPU's memory.
         """
         parts = self._submit(waveform, num_samples, stream, embedded=False)
         return lambda: np.concatenate([self._wait(part)[0] for part in parts])
@@ -171,7 +171,7 @@ class TensorRTBackend(Backend):
         try:
             return self._launch(profile, batch, embedded)
         except DeviceMemoryError as error:
-            self._halve(profile, len(batch.num_samples), error)
+            self._halve(profile, batch, error)
             return None
 
     def _launch(self, profile: Profile, batch: Batch, embedded: bool) -> Part:
@@ -274,20 +274,20 @@ class TensorRTBackend(Backend):
             "head": (("features", (rows, num_tokens(samples), self._width)), counts),
         }
 
-    def _halve(self, profile: Profile, batch: int, error: DeviceMemoryError) -> None:
+    def _halve(self, profile: Profile, batch: Batch, error: DeviceMemoryError) -> None:
         """Give all memory back, and take half as many clips of that length from now on, in profiles that can."""
         self._drain()
         self._blocks.clear()
-        rows = max(batch, profile.min_batch)
+        rows = max(len(batch.num_samples), profile.min_batch)
         fitting = with_at_most(self._fitting, profile.max_samples, rows // 2)
-        if all(other.max_samples != profile.max_samples for other in fitting):
+        if not any(other.min_samples <= batch.samples <= other.max_samples for other in fitting):
             raise DeviceMemoryError(
                 f"the GPU's memory, of which {self._device.free_bytes() / 2**20:.0f} MiB are free, does not hold "
                 f"{rows} clip{'s' * (rows > 1)} of up to {profile.max_samples / SAMPLE_RATE:g} s, the fewest that this "
                 f"engine takes: {error}; free some, or {'score shorter' if rows == 1 else 'compile for fewer'} ones"
             ) from None
         self._fitting = fitting
-        most = choose_profile(fitting, profile.max_samples, rows).max_batch
+        most = choose_profile(fitting, batch.samples, rows).max_batch
         _log.warning("the GPU's memory is full with %d clips a batch; taking %d from now on", rows, most)
 
     def _drain(self) -> None:

@@ -12,8 +12,9 @@ from typing import Final, Literal
 import msgspec
 import numpy as np
 
+from aesanet.lengths import SAMPLE_RATE
 from aesanet.training.demo.degrade import HELD_OUT, LEVELS, TRAINED
-from aesanet.training.demo.render import GAP_SECONDS, Part, Reference, active_share, is_fit, render_reference
+from aesanet.training.demo.render import GAP_SAMPLES, Part, Reference, active_share, is_fit, render_reference
 from aesanet.training.demo.sources import Kind, Source, Split, by_split, duration_seconds
 
 SEED: Final = 2509
@@ -205,7 +206,7 @@ def _parts(folder: Path, group: Sequence[Source], rng: np.random.Generator) -> t
         seconds = round(min(there, wanted), 2)
         start = round(float(rng.uniform(0, there - seconds)), 2) if there > seconds + 0.01 else 0.0
         parts.append(Part(source.file, start, seconds))
-        wanted -= seconds + GAP_SECONDS
+        wanted -= seconds + GAP_SAMPLES / SAMPLE_RATE
         if wanted < 0.3:
             break
     return tuple(parts)

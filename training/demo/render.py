@@ -15,7 +15,7 @@ from aesanet.lengths import SAMPLE_RATE
 from aesanet.training.demo.degrade import DEGRADATIONS, bandwidth_hertz
 from aesanet.training.demo.sources import Kind, read_mono
 
-GAP_SECONDS: Final = 0.12  # between recordings joined to one reference
+GAP_SAMPLES: Final = round(0.12 * SAMPLE_RATE)
 MIN_SECONDS: Final = 2.0
 FULL_SCALE: Final = 0.999
 
@@ -45,10 +45,7 @@ def render_reference(folder: Path, reference: Reference) -> np.ndarray:
     """float64 [samples], 16 kHz: parts of recordings, with short silences between them; pitch follows speed."""
     pieces: list[np.ndarray] = []
     for part in reference.parts:
-        pieces += [
-            read_mono(folder / part.file, part.start_seconds, part.seconds),
-            np.zeros(round(GAP_SECONDS * SAMPLE_RATE)),
-        ]
+        pieces += [read_mono(folder / part.file, part.start_seconds, part.seconds), np.zeros(GAP_SAMPLES)]
     x = np.concatenate(pieces[:-1]).astype(np.float64)
     return x if reference.speed == 1.0 else soxr.resample(x, reference.speed, 1.0)
 
