@@ -59,7 +59,7 @@ def find_member(path: str, descriptor: int, member: str) -> tuple[int, int]:
 _Place: TypeAlias = tuple[int, int] | ClipError
 """Offset and size of a member's bytes, or why it cannot be told."""
 
-_INDEXING = Lock()
+_INDEXING = Lock()  # of `_reading`, which might make two locks for one tar
 
 
 @lru_cache(8 * NUM_INDEXES)
