@@ -275,4 +275,6 @@ def test_from_a_manifest_to_scores_to_a_page_to_a_manifest_that_is_scored(tiny_b
     assert aesanet("select", scores, "--max", "seconds=0.5", "--out", kept) == 0
     assert aesanet("score", tiny_bundle, kept) == 0
     again = json.loads(capsys.readouterr().out)
-    assert {key: again[key] for key in (*AXES, "seconds")} == {key: expected[2][key] for key in (*AXES, "seconds")}
+    # Alone, and not beside another clip, a processor may round a score otherwise.
+    assert [again[axis] for axis in AXES] == pytest.approx([expected[2][axis] for axis in AXES], abs=1e-4)
+    assert again["seconds"] == expected[2]["seconds"]
