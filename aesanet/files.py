@@ -11,7 +11,9 @@ from typing import Final
 from aesanet.errors import InputError
 from aesanet.hashing import parts_sha256
 
-_LEFT_OVER_SECONDS: Final = 24 * 3600.0
+LEFT_OVER_SECONDS: Final = 24 * 3600.0
+"""After which what a process was writing is taken for what it left when it was killed."""
+
 _CACHED_FILES: Final = 32  # of a kind: one for each engine and GPU, or GPU and version, that is still in use
 
 
@@ -81,6 +83,6 @@ class CacheFile:
                 beside.write_bytes(content)
             files = sorted(self.path.parent.glob(f"{self._name}-*.cache"), key=lambda file: file.stat().st_mtime)
             left = self.path.parent.glob(f".{self._name}-*.cache.*")  # by processes that were killed, unless they write
-            old = [file for file in left if time.time() - file.stat().st_mtime > _LEFT_OVER_SECONDS]
+            old = [file for file in left if time.time() - file.stat().st_mtime > LEFT_OVER_SECONDS]
             for unused in (*files[:-_CACHED_FILES], *old):
                 unused.unlink(missing_ok=True)

@@ -30,11 +30,11 @@ from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.timing import TimingCache
 from aesanet.export.writer import change_manifest, changing, write_manifest
+from aesanet.files import LEFT_OVER_SECONDS
 from aesanet.gpu import Gpu, cuda_gpu, list_gpus, load_cuda
 from aesanet.hashing import file_sha256, parts_sha256
 
 _LOG_NAME = "build.log"
-_LEFT_OVER_SECONDS = 24 * 3600.0
 
 
 def choose_flavour(asked: Literal["auto"] | Flavour) -> Flavour:
@@ -129,7 +129,7 @@ def _lines(log: list[str]) -> str:
 def _sweep(engines: Path) -> None:
     """Remove what builds that were killed have left, once it is too old to be of one that still runs."""
     for left in engines.glob(".*.*"):
-        if time.time() - left.stat().st_mtime > _LEFT_OVER_SECONDS:
+        if time.time() - left.stat().st_mtime > LEFT_OVER_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
 
 

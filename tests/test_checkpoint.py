@@ -134,6 +134,16 @@ def test_files_of_another_kind(tmp_path, tiny_model):
             load_checkpoint(tmp_path / name)
 
 
+def test_a_memory_that_is_full_is_not_the_files_fault(tmp_path, monkeypatch):
+    def full(*given, **options):
+        raise MemoryError
+
+    torch.save({"weights": {}}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 class Trap:
     def __reduce__(self):
         return (print, ("unpickled",))

@@ -365,6 +365,10 @@ def test_what_is_read_is_not_written_over(files, capsys):
         assert stopped.value.code == 2
         assert "is one of the inputs" in capsys.readouterr().err
         assert path.read_bytes() == before
+        command = ["calibrate", "any.safetensors", "--labels", str(labels), "--scores", str(scores), "--out", str(path)]
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "is one of the inputs" in capsys.readouterr().err
 
 
 def test_evaluate_says_why_a_number_is_missing(write, tmp_path):

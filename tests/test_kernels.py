@@ -13,7 +13,7 @@ from simulated_tensorrt import SimulatedRTX, SimulatedTensorRT, simulated_plan
 
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.export.profiles import make_profiles
-from aesanet.files import CacheFile
+from aesanet.files import CacheFile, replacing
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
 from aesanet.runtime.device import CudaDevice
 from aesanet.runtime.kernels import LateKernels
@@ -60,6 +60,19 @@ def test_kernels_are_made_once_for_all_processes(opened, file):
     assert len(made(opened, LateKernels(file=file), 9_000, 40_000)) == 3
     assert made(opened, LateKernels(file=file), 9_000, 20_000, 40_000) == []
     assert len(made(opened, LateKernels(), 9_000)) == 3  # that keeps nothing
+
+
+def test_two_that_write_one_file_at_a_time_leave_it_whole(tmp_path):
+    """In one process, or in two containers that have the same number for theirs."""
+    path = tmp_path / "a"
+    with replacing(path) as first:
+        first.write_bytes(b"first")
+        with replacing(path) as second:
+            second.write_bytes(b"second")
+        assert path.read_bytes() == b"second"
+        assert first.read_bytes() == b"first"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_is_of_one_engine_on_one_gpu(file):

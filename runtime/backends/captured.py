@@ -23,7 +23,7 @@ from aesanet.runtime.backends.sessions import NO_GRAPH, Sessions, run_options
 from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
 
 _SEEN_SHAPES: Final = 1024  # that are remembered as run once
-_IDLE_RUNS: Final = 1024  # after which a shape no longer comes; graphs had saved them more than new sessions cost
+_IDLE_RUNS: Final = 1024  # after which a shape is taken to come no more; a guess: nobody has timed new sessions
 _KEPT_SAMPLES: Final = 5120 * SAMPLE_RATE  # of all shapes that are kept: of base size, 1.3 GB of inputs and outputs
 
 
@@ -37,7 +37,7 @@ class _Captured:
     scores: Any
     bindings: tuple[tuple[Any, Any], ...]
     options: Any
-    used: int
+    used: int = 0
 
 
 class GridRuns:
@@ -147,7 +147,6 @@ class GridRuns:
                 _bound(sessions.head, {"features": features, "num_tokens": tokens}, ("scores", scores)),
             ),
             options=run_options(self._ort, number),
-            used=self._runs,
         )
         _launch(captured, captured.options)
         return captured
