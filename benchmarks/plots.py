@@ -7,7 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from aesanet.benchmarks.records import measured_on, read_rows_of
-from aesanet.benchmarks.report import cells_of, part_of
+from aesanet.benchmarks.report import cells_of, part_of, three_digits
 from aesanet.errors import InputError
 
 _COLOURS: Final = ("#0b6fa4", "#c65102", "#2f7d32", "#7b3fa0", "#8a8a00", "#a03060")
@@ -30,12 +30,12 @@ def plot_speeds(path: Path, out: Path) -> None:
         places = [place + number * height for place, engine in enumerate(engines) if (engine, shape) in speeds]
         values = [speeds[engine, shape] for engine in engines if (engine, shape) in speeds]
         bars = axes.barh(places, values, height * 0.9, color=_COLOURS[number % len(_COLOURS)], label=shape)
-        axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
+        axes.bar_label(bars, [three_digits(value) for value in values], padding=3, fontsize=8)
     axes.set_yticks([place + (len(shapes) - 1) * height / 2 for place in range(len(engines))], list(engines))
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"x real time ({measured_on(rows[0])})")
+    axes.set_xlabel(f"x real time ({measured_on(rows[0]).partition(',')[0]})")  # its name; the rest has no room
     if any(shapes):
         axes.legend(frameon=False, loc="best")
     try:

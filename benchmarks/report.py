@@ -73,14 +73,14 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]
 
 def _cold(rows: Sequence[Row]) -> Table:
     names = ("import_milliseconds", "open_milliseconds", "first_score_milliseconds")
-    cells = [[row["engine"], *(_number(row[name]) for name in names)] for row in rows]
+    cells = [[row["engine"], *(three_digits(row[name]) for name in names)] for row in rows]
     return ["engine", "import, ms", "open, ms", "first score, ms"], cells
 
 
 def _latency(rows: Sequence[Row]) -> Table:
     names = ("milliseconds_p50", "milliseconds_p90", "milliseconds_p99", "milliseconds_max", "x_real_time")
     cells = [
-        [row["engine"], row["batch"], f"{float(row['clip_seconds']):g}", *(_number(row[name]) for name in names)]
+        [row["engine"], row["batch"], f"{float(row['clip_seconds']):g}", *(three_digits(row[name]) for name in names)]
         for row in rows
     ]
     return ["engine", "clips", "seconds", "p50, ms", "p90", "p99", "longest", "x real time"], cells
@@ -93,8 +93,8 @@ def _throughput(rows: Sequence[Row]) -> Table:
             row["engine"],
             row["batch"],
             f"{float(row['clip_seconds']):g}",
-            *(_number(row[name]) for name in names),
-            _number(row["peak_tflops"]) if row["peak_tflops"] else "",
+            *(three_digits(row[name]) for name in names),
+            three_digits(row["peak_tflops"]) if row["peak_tflops"] else "",
             f"{float(row['mfu']):.1%}" if row["mfu"] else "",
         ]
         for row in rows
@@ -106,10 +106,10 @@ def _end_to_end(rows: Sequence[Row]) -> Table:
     cells = [
         [
             row["engine"],
-            f"{row['clips']}, {_number(row['audio_seconds'])} s",
-            *(_number(row[f"{part}_seconds"]) for part in ("decoding", "engine", "end_to_end")),
+            f"{row['clips']}, {three_digits(row['audio_seconds'])} s",
+            *(three_digits(row[f"{part}_seconds"]) for part in ("decoding", "engine", "end_to_end")),
             f"{float(row['share_of_slower']):.1%}",
-            _number(row["x_real_time"]),
+            three_digits(row["x_real_time"]),
             f"{float(row['padding']):.1%}",
         ]
         for row in rows
@@ -120,7 +120,7 @@ def _end_to_end(rows: Sequence[Row]) -> Table:
 
 def _memory(rows: Sequence[Row]) -> Table:
     cells = [
-        [row["case"], *(_number(row[name]) for name in ("seconds", "peak_memory_mib", "above_one_clip_mib"))]
+        [row["case"], *(three_digits(row[name]) for name in ("seconds", "peak_memory_mib", "above_one_clip_mib"))]
         for row in rows
     ]
     return ["scored", "s", "peak memory, MiB", "above one clip, MiB"], cells
@@ -135,7 +135,7 @@ def _backends(rows: Sequence[Row]) -> Table:
     for batch in batches:
         header += [f"{batch} clip{'s' * (batch != '1')}, ms", "x PyTorch"]
     names = ("milliseconds_median", "x_pytorch")
-    cells = [[engine, *(_number(found[engine, b][name]) for b in batches for name in names)] for engine in engines]
+    cells = [[engine, *(three_digits(found[engine, b][name]) for b in batches for name in names)] for engine in engines]
     return header, cells
 
 
@@ -152,8 +152,8 @@ def _peers(rows: Sequence[Row]) -> Table:
             f"{row['contestant']} {row['precision']}",
             part_of(row),
             row["batch"],
-            f"{_number(row['seconds_median'])} for {_number(row['audio_seconds'])}",
-            *(_number(row[name]) if row[name] else "" for name in ("x_real_time", "x_pytorch", "x_audiobox")),
+            f"{three_digits(row['seconds_median'])} for {three_digits(row['audio_seconds'])}",
+            *(three_digits(row[name]) if row[name] else "" for name in ("x_real_time", "x_pytorch", "x_audiobox")),
         ]
         for row in rows
     ]
@@ -172,7 +172,7 @@ _KINDS: Final[Mapping[frozenset[str], Callable[[Sequence[Row]], Table]]] = {
 }
 
 
-def _number(text: str) -> str:
+def three_digits(text: str | float) -> str:
     """To three digits or more, with commas between thousands."""
     value = float(text)
     decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
