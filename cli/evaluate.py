@@ -93,7 +93,7 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
         from aesanet.training.calibration import apply_calibration, calibrate_checkpoint, fit_calibration
 
     check_not_read(out, [*labels, scores])
-    pairs = _join(labels, scores, allow_missing, None)  # which fits to no part of a run
+    pairs = _join(labels, scores, allow_missing, None)  # a torn file is a part of a run, and no fit to it is one to all
     calibration = fit_calibration(pairs.true, pairs.scores)
     calibrate_checkpoint(checkpoint, out, calibration)
     calibrated = apply_calibration(calibration, pairs.scores)
