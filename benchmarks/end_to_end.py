@@ -40,7 +40,8 @@ class _Recorder(Backend):
     engine: Backend
 
     def __post_init__(self) -> None:
-        self.name, self.kind, self.precision = self.engine.name, self.engine.kind, self.engine.precision
+        self.name, self.kind, self.form = self.engine.name, self.engine.kind, self.engine.form
+        self.device, self.precision = self.engine.device, self.engine.precision
         self.batches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

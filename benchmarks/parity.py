@@ -8,7 +8,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.benchmarks.reference import Reference
-from aesanet.bundle import AxisParity, Manifest, Verification, graphs_used
+from aesanet.bundle import AxisParity, Manifest, Verification, graph_hashes
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 from aesanet.limits import SCORES_LIMIT
 from aesanet.metrics import rank_metrics
@@ -53,7 +53,7 @@ def verify(backend: Backend, manifest: Manifest, reference: Reference) -> tuple[
     worst = (np.abs(alone - reference.scores).max(axis=1) / limits).max()
     result = Verification(
         engine=backend.name,
-        graphs=graphs_used(manifest, backend.kind),
+        graphs=graph_hashes(manifest, backend.form),
         windows=len(windows),
         seconds=sum(map(len, windows)) / SAMPLE_RATE,
         axes=axes,
@@ -63,6 +63,7 @@ def verify(backend: Backend, manifest: Manifest, reference: Reference) -> tuple[
         repeat_max_abs=_number(repeat),
         limit=limit,
         failures=failures,
+        engine_key=backend.engine_key,
     )
     return result, alone
 
@@ -71,7 +72,7 @@ def not_opened(kind: str, manifest: Manifest, precision: Precision, reason: str)
     """What is kept of an engine that should run here and cannot load the bundle."""
     return Verification(
         engine=kind,
-        graphs=graphs_used(manifest, kind),
+        graphs=graph_hashes(manifest, "fp16" if precision == "fp16" else "fp32"),
         windows=0,
         seconds=0.0,
         axes={},

@@ -41,7 +41,7 @@ def device_peak(backend: Backend, threads: int) -> Peak:
 
     threads : of the processor, that are used for measuring it
     """
-    if "cuda" not in backend.kind.split():
+    if backend.device == "cpu":
         source = f"measured matrix product, {backend.precision}, {threads} threads"
         return Peak(_measured_tflops(backend.precision, threads), source)
     try:

@@ -92,7 +92,7 @@ def score(
 
     Exit status: 0 all rows were scored, 1 some have an error, 2 the run could not start or go on, 130 interrupted.
     """
-    from aesanet.bundle import graphs_used
+    from aesanet.bundle import graph_hashes
     from aesanet.cli.sinks import check_out, open_sink
     from aesanet.cli.watch import Watch
     from aesanet.runtime.inputs import count_rows, read_rows
@@ -111,7 +111,7 @@ def score(
         if line is not None:
             note(line)
     run = {
-        "the graphs": graphs_used(scorer.manifest, scorer.backend.kind),
+        "the graphs": graph_hashes(scorer.manifest, scorer.backend.form),
         "the windows": [scorer.manifest.window.window_seconds, scorer.manifest.window.hop_seconds],
         "the engine": [scorer.backend.name, scorer.backend.kind, threads],
         "--max-batch-seconds": settings.batch_seconds,
@@ -173,11 +173,11 @@ def score(
 
 def _checked(scorer: "Scorer") -> str | None:
     """What is to be said of how this engine's scores compare with the checkpoint's."""
-    from aesanet.bundle import graphs_used
+    from aesanet.bundle import graph_hashes
 
     kind = scorer.backend.kind
     found = scorer.manifest.verified.get(kind)
-    if found is None or found.graphs != graphs_used(scorer.manifest, kind):
+    if found is None or found.graphs != graph_hashes(scorer.manifest, scorer.backend.form):
         return f"this bundle was never verified on {kind}: `aesanet verify` does"
     if not found.failures and found.engine != scorer.backend.name:
         return f"this bundle was verified on {found.engine}, and this is {scorer.backend.name}: `aesanet verify` does"

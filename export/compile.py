@@ -219,7 +219,7 @@ def _with_engine_last(manifest: Manifest, key: str, sha256: str) -> Manifest:
 def _without_engine(manifest: Manifest, key: str) -> Manifest:
     """The manifest without an engine and what was found of it."""
     engines = {other: sha256 for other, sha256 in manifest.engines.items() if other != key}
-    verified = {kind: found for kind, found in manifest.verified.items() if not kind.endswith(short_key(key))}
+    verified = {kind: found for kind, found in manifest.verified.items() if found.engine_key != key}
     return msgspec.structs.replace(manifest, engines=engines, verified=verified)
 
 

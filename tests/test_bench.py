@@ -54,6 +54,7 @@ class Scripted(Backend):
     """An engine, and the clock that its calls move on, by what a function says of each call."""
 
     name = kind = "scripted"
+    device, precision, form = "cpu", "fp32", "fp32"
 
     def __init__(self, seconds):
         self.seconds, self.now, self.shapes = seconds, 0.0, []
@@ -167,7 +168,6 @@ def test_matrix_products_grow_until_one_takes_a_tenth_of_a_second(monkeypatch):
 
 def test_a_peak_that_cannot_be_measured_is_an_error(monkeypatch):
     backend = Scripted(lambda call: 0.0)
-    backend.precision = "fp32"
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(BackendError, match="the peak cannot be measured: exit status 1"):
         device_peak(backend, 1)

@@ -24,6 +24,7 @@ class Odd(Backend):
     """An engine that gives the scores it is told to, by the clip's first sample, and does one thing wrong."""
 
     name = kind = "odd"
+    device, form = "cpu", "fp32"
 
     def __init__(self, scores, wrong="nothing", precision="fp16"):
         self.answers, self.wrong, self.calls, self.precision = scores, wrong, 0, precision

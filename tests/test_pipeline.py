@@ -23,7 +23,8 @@ POLICY = WindowPolicy(window_seconds=0.5, hop_seconds=0.375)
 class Known(Backend):
     """Scores a window by its own samples, and remembers the batches."""
 
-    name = "known"
+    name = kind = "known"
+    device, precision, form = "cpu", "fp32", "fp32"
 
     def __init__(self):
         self.batches = []

@@ -215,7 +215,8 @@ def test_threads_of_the_engine_are_those_asked_for(tiny_bundle, name):
 class Recorder(Backend):
     """Stands for an engine: remembers the lengths of its windows, and scores a window by its first sample."""
 
-    name = "recorder"
+    name = kind = "recorder"
+    device, precision, form = "cpu", "fp32", "fp32"
 
     def __init__(self):
         self.lengths = []

@@ -31,7 +31,12 @@ class Backend(ABC):
     """Of the engine, its version, its device and the encoder's precision, for people and reports."""
     kind: str
     """The same without versions, such as "openvino cpu bf16": what `aesanet verify` keeps its findings by."""
+    device: Device
     precision: Precision
+    form: GraphForm
+    """Of the bundle's graphs, that it runs or was compiled from."""
+    engine_key: str | None = None
+    """Of the compiled engine that it runs."""
 
     @abstractmethod
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend
         backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept, kernels)
         _try(backend, files.manifest.window.window_samples)
         kernels.keep()  # a process that is killed later has made most of them by now
+        backend.engine_key = key
         backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
         return backend
 

@@ -45,15 +45,16 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         device, precision = options.device, options.precision
-        form: GraphForm = "fp32"
+        self.device: Device = device
+        self.form: GraphForm = "fp32"
         if device == "cuda":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their packages, where they are installed as such
         if precision == "fp16":
-            form = "fused" if "fused" in files.forms and _runs_fused(onnxruntime) else "fp16"
+            self.form = "fused" if "fused" in files.forms and _runs_fused(onnxruntime) else "fp16"
         self.precision: Precision = precision
-        self._onnxruntime, self._device = onnxruntime, device
-        self._words = f"{device} {precision}{' fused' if form == 'fused' else ''}"
-        self._open = partial(Sessions, onnxruntime, files.graphs(form), device, options.threads)
+        self._onnxruntime = onnxruntime
+        self._words = f"{device} {precision}{' fused' if self.form == 'fused' else ''}"
+        self._open = partial(Sessions, onnxruntime, files.graphs(self.form), device, options.threads)
         self._window_samples = files.manifest.window.window_samples
         self._must_capture = options.cuda_graphs is True
         self._grid: GridRuns | None = None
@@ -79,7 +80,7 @@ class OnnxRuntimeBackend(Backend):
 
     def batch_seconds(self, window_seconds: float) -> float:
         """As `Backend.batch_seconds`."""
-        return super().batch_seconds(window_seconds) if self._device == "cpu" else _GPU_BATCH_WINDOWS * window_seconds
+        return super().batch_seconds(window_seconds) if self.device == "cpu" else _GPU_BATCH_WINDOWS * window_seconds
 
     def _in_turn(self, work: Callable[..., _Found], *given: Any) -> _Found:
         """Do work at once; with CUDA graphs, which ONNX Runtime keeps by thread, always in the same one."""

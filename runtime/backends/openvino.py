@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from aesanet.bundle import GraphForm
 from aesanet.lengths import num_tokens
 from aesanet.runtime.backends.base import (
     Backend,
@@ -26,6 +27,8 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 class OpenVINOBackend(Backend):
     """Three compiled models; only the encoder's precision is a choice, the front end and head stay FP32."""
 
+    form: GraphForm = "fp32"
+
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         self._turn = Lock()  # a request holds one call's tensors
         core = _core()
@@ -36,11 +39,12 @@ class OpenVINOBackend(Backend):
         def request(path: Path, hint: str) -> Any:
             return core.compile_model(path, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
 
-        graphs = files.graphs("fp32")
+        graphs = files.graphs(self.form)
         self._frontend = request(graphs["frontend"], "f32")
         self._encoder = request(graphs["encoder"], _HINTS[options.precision])
         self._head = request(graphs["head"], "f32")
         self.name = f"openvino {version('openvino')} {options.device} {options.precision}"
+        self.device: Device = options.device
         self.precision: Precision = options.precision
         self.kind = f"openvino {options.device} {options.precision}"
 

@@ -16,12 +16,13 @@ from typing import Any, Final
 import numpy as np
 
 from aesanet.axes import AXES
-from aesanet.bundle import GraphName
+from aesanet.bundle import GraphForm, GraphName
 from aesanet.errors import BackendError, DeviceMemoryError
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
 from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
 from aesanet.runtime.backends.base import (
     Backend,
+    Device,
     Pending,
     PendingEmbedded,
     Precision,
@@ -55,7 +56,9 @@ class TensorRTBackend(Backend):
     """
 
     kind = "tensorrt cuda fp16"
+    device: Device = "cuda"
     precision: Precision = "fp16"
+    form: GraphForm = "fp16"
 
     def __init__(
         self,
