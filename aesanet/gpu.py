@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs here: what their driver tells of them, and CUDA's runtime."""
+"""NVIDIA's GPUs here: what their driver tells of them, and CUDA itself."""
 
 import os
 import shutil
@@ -70,6 +70,13 @@ def load_cuda() -> Any:
     except ImportError as error:
         raise BackendError(f"cuda-python cannot be imported ({error}): pip install 'aesanet[gpu]'") from None
     return runtime
+
+
+def load_driver() -> Any:
+    """CUDA's driver by way of cuda-python; for those who have its runtime already."""
+    from cuda.bindings import driver
+
+    return driver
 
 
 def cuda_call(cuda: Any, name: str, *arguments: Any) -> Any:

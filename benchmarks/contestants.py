@@ -27,7 +27,7 @@ from aesanet.models.checkpoint import load_checkpoint
 from aesanet.padding import pad_batch
 from aesanet.runtime.backends import BackendName
 from aesanet.runtime.backends.base import CudaGraphs, Device, Precision
-from aesanet.runtime.rows import Row
+from aesanet.runtime.rows.row import Row
 from aesanet.runtime.scorer import Scorer
 from aesanet.runtime.windows import split_windows
 

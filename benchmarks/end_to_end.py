@@ -18,11 +18,11 @@ import numpy as np
 from aesanet.benchmarks.records import TIMED
 from aesanet.errors import InputError
 from aesanet.machine import peak_memory_mib
+from aesanet.runtime.audio.decode import Heard
 from aesanet.runtime.backends.base import Backend, Pending
-from aesanet.runtime.decode import Heard
-from aesanet.runtime.output import RowFile
 from aesanet.runtime.pipeline import BATCHES_AHEAD, GroupEnd, Settings
-from aesanet.runtime.rows import Row
+from aesanet.runtime.rows.output import RowFile
+from aesanet.runtime.rows.row import Row
 from aesanet.runtime.scorer import Scorer, output_row
 
 END_TO_END_COLUMNS: Final = (

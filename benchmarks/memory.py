@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from aesanet.benchmarks.records import WHERE, append_rows, provenance
-from aesanet.runtime.rows import row_line
+from aesanet.runtime.rows.row import row_line
 from aesanet.runtime.scorer import Scorer
 
 COLUMNS: Final = (*WHERE, *"case rows audio_seconds seconds peak_memory_mib above_one_clip_mib".split())

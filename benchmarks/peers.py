@@ -35,11 +35,11 @@ from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
 from aesanet.models.config import AESANetConfig
 from aesanet.models.demo import samples
 from aesanet.models.untrained import untrained_model
+from aesanet.runtime.audio.decode import clip_blocks
 from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import CudaGraphs, Device
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.inputs import read_rows
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.rows.inputs import read_rows
+from aesanet.runtime.rows.row import Clip
 
 PEERS_COLUMNS: Final = (
     *MACHINE,

@@ -12,8 +12,8 @@ import soundfile
 from aesanet.benchmarks.page import text
 from aesanet.errors import ClipError
 from aesanet.lengths import SAMPLE_RATE
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip, Row
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip, Row
 
 
 class Players:

@@ -20,7 +20,7 @@ from aesanet.models.checkpoint import load_checkpoint
 from aesanet.runtime.backends.base import BundleFiles
 from aesanet.runtime.backends.compiled import first_that_runs
 from aesanet.runtime.backends.tensorrt import engine_profiles
-from aesanet.runtime.shapes import choose_profile
+from aesanet.runtime.cuda.shapes import choose_profile
 
 
 def open_onnxruntime(work: Work) -> Opened:

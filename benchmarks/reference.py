@@ -15,8 +15,8 @@ from aesanet.errors import ClipError, InputError
 from aesanet.lengths import MIN_SAMPLES, WindowPolicy, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.fbank import FrontEnd
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Row
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Row
 from aesanet.runtime.windows import split_windows
 from aesanet.words import printable
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from aesanet.axes import AXES
-from aesanet.runtime.results import Result
+from aesanet.runtime.rows.results import Result
 
 QUANTILES: Final = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _EXAMPLES = 3  # rows that are kept of each error

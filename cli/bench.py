@@ -184,7 +184,7 @@ def end_to_end(
     with extra("bench"):
         from aesanet.benchmarks.end_to_end import END_TO_END_COLUMNS, measure_end_to_end
         from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
-    from aesanet.runtime.inputs import read_rows
+    from aesanet.runtime.rows.inputs import read_rows
     from aesanet.runtime.scorer import Scorer
 
     check_columns(out, END_TO_END_COLUMNS)

@@ -112,7 +112,7 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
 def _join(
     labels: tuple[Path, ...], scores: Path, allow_missing: bool, torn: Callable[[str], None] | None = note
 ) -> "ScoredClips":
-    from aesanet.runtime.results import STDIN
+    from aesanet.runtime.rows.results import STDIN
 
     with extra("train"):
         from aesanet.training.joining import join

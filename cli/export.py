@@ -73,8 +73,8 @@ def _clips(inputs: tuple[str, ...]) -> "Iterator[np.ndarray]":
 
     from aesanet.lengths import MIN_SAMPLES
     from aesanet.models import demo
-    from aesanet.runtime.decode import clip_blocks
-    from aesanet.runtime.inputs import read_rows
+    from aesanet.runtime.audio.decode import clip_blocks
+    from aesanet.runtime.rows.inputs import read_rows
 
     long_enough = too_short = 0
     for row in read_rows(inputs or [str(path) for path in demo.samples()]):

@@ -55,7 +55,7 @@ def report(
     from aesanet.benchmarks.score_page import score_page
     from aesanet.benchmarks.score_summary import Summary
     from aesanet.files import replacing
-    from aesanet.runtime.results import read_results, score_files
+    from aesanet.runtime.rows.results import read_results, score_files
 
     files = score_files(scores)
     if out.suffix.lower() not in PAGE_SUFFIXES or not out.absolute().parent.is_dir():

@@ -16,7 +16,7 @@ from aesanet.errors import InputError
 from aesanet.interrupts import on_interrupt
 
 if TYPE_CHECKING:
-    from aesanet.runtime.decode import ChannelPolicy
+    from aesanet.runtime.audio.decode import ChannelPolicy
     from aesanet.runtime.scorer import Scorer
 
 # What is said of scores by what their weights were made from.
@@ -95,8 +95,8 @@ def score(
     from aesanet.bundle import graph_hashes
     from aesanet.cli.sinks import check_out, open_sink
     from aesanet.cli.watch import Watch
-    from aesanet.runtime.inputs import count_rows, read_rows
     from aesanet.runtime.pipeline import GroupEnd
+    from aesanet.runtime.rows.inputs import count_rows, read_rows
     from aesanet.runtime.scorer import Scorer, output_row
 
     check_out(out, overwrite, resume, inputs)

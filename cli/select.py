@@ -21,7 +21,7 @@ _SUFFIXES: Final = (".jsonl", ".ndjson", ".parquet")
 
 def _limits(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     """NAME=NUMBER, where the name is an axis or `seconds`."""
-    from aesanet.runtime.selection import LIMIT_NAMES
+    from aesanet.runtime.rows.selection import LIMIT_NAMES
 
     limits = []
     for value in values:
@@ -102,8 +102,8 @@ def select(
 
     Exit status: 0 the manifest is written (perhaps an empty one), 2 it could not be.
     """
-    from aesanet.runtime.results import score_files
-    from aesanet.runtime.selection import Conditions, Selection, Top
+    from aesanet.runtime.rows.results import score_files
+    from aesanet.runtime.rows.selection import Conditions, Selection, Top
 
     if (top is None) != (by is None):
         raise InputError("--top and --by go together, as in: --top 10% --by PQ")
@@ -129,13 +129,13 @@ def select(
 def _write(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
     """JSON lines to stdout; or a file, which is there whole or not at all."""
     from aesanet.files import replacing
-    from aesanet.runtime.rows import row_line, write_row
+    from aesanet.runtime.rows.row import row_line, write_row
 
     if out is None:
         for row in rows:
             write_row(sys.stdout, row)
     elif out.suffix.lower() == ".parquet":
-        from aesanet.runtime.parquet import write_parquet
+        from aesanet.runtime.rows.parquet import write_parquet
 
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             lines = Path(folder, "rows.jsonl")

@@ -8,10 +8,10 @@ from typing import Any, Protocol, TextIO
 from aesanet.axes import AXES
 from aesanet.errors import InputError
 from aesanet.files import check_not_read
-from aesanet.runtime.inputs import PARQUET_SUFFIX
-from aesanet.runtime.output import RowFile, State, Tally, read_state
-from aesanet.runtime.results import LONG_KEYS
-from aesanet.runtime.rows import Row, own_keys, row_line, write_row
+from aesanet.runtime.rows.inputs import PARQUET_SUFFIX
+from aesanet.runtime.rows.output import RowFile, State, Tally, read_state
+from aesanet.runtime.rows.results import LONG_KEYS
+from aesanet.runtime.rows.row import Row, own_keys, row_line, write_row
 from aesanet.words import printable
 
 _NAME_WIDTH = 48
@@ -82,7 +82,7 @@ class ParquetFile(RowFile):
     """JSON lines while the run goes on, which become a Parquet file at its end."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        from aesanet.runtime import parquet  # which may not be installed: now, and not after the night
+        from aesanet.runtime.rows import parquet  # which may not be installed: now, and not after the night
 
         self._parquet = parquet
         super().__init__(path.with_name(path.name + ".partial.jsonl"), run, name=path)

@@ -72,7 +72,7 @@ def verify(
         from aesanet.models.checkpoint import load_checkpoint
     from aesanet.models import demo
     from aesanet.runtime.backends.base import BundleFiles
-    from aesanet.runtime.inputs import read_rows
+    from aesanet.runtime.rows.inputs import read_rows
 
     check_asked(bundle, backend, html)
     files = BundleFiles.open(bundle)

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from aesanet.runtime.output import Tally
 from aesanet.runtime.pipeline import Pipeline
+from aesanet.runtime.rows.output import Tally
 
 
 class Watch:

@@ -9,8 +9,8 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decode import ChannelPolicy, Heard, decode
-from aesanet.runtime.rows import Clip, Row
+from aesanet.runtime.audio.decode import ChannelPolicy, Heard, decode
+from aesanet.runtime.rows.row import Clip, Row
 
 Given = TypeVar("Given")
 

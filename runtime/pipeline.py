@@ -16,9 +16,9 @@ import numpy as np
 from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
 from aesanet.padding import pad_batch
+from aesanet.runtime.audio.decode import Heard
 from aesanet.runtime.backends.base import Backend, Pending, PendingEmbedded
 from aesanet.runtime.batching import GROUP_BATCHES, Planner, Window
-from aesanet.runtime.decode import Heard
 from aesanet.runtime.jobs import Blocks, Job
 from aesanet.runtime.lookahead import LookAhead
 from aesanet.runtime.windows import WindowCutter

@@ -15,14 +15,14 @@ from aesanet.bundle import Manifest
 from aesanet.choices import one_of
 from aesanet.errors import ClipError, InputError
 from aesanet.machine import usable_cores
+from aesanet.runtime.audio.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
 from aesanet.runtime.backends import BackendName, open_backend
 from aesanet.runtime.backends.base import Backend, BundleFiles, CudaGraphs, Device, Precision
 from aesanet.runtime.batching import GROUP_BATCHES
-from aesanet.runtime.decode import ChannelPolicy, Heard, checked_mono, checked_rate, decode, resample
+from aesanet.runtime.cuda.kernels import Specialize
 from aesanet.runtime.jobs import Blocks, Job, failed_job, file_jobs
-from aesanet.runtime.kernels import Specialize
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
-from aesanet.runtime.rows import Clip, Row, failed_row, file_name, scored_row
+from aesanet.runtime.rows.row import Clip, Row, failed_row, file_name, scored_row
 
 Audio: TypeAlias = str | os.PathLike[str] | tuple[np.ndarray, int]
 """A file, or samples with their rate in Hz."""

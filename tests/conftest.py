@@ -15,9 +15,9 @@ from aesanet.engines import load_library
 from aesanet.export.build import export_bundle
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.models.checkpoint import save_checkpoint
+from aesanet.runtime.audio.decode import clip_blocks
 from aesanet.runtime.backends.compiled import support
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.rows.row import Clip
 from aesanet.runtime.scorer import Scorer
 from aesanet.training.dataset import find_audio
 from aesanet.training.labels import read_labels

@@ -14,8 +14,8 @@ import numpy as np
 import soundfile
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decode import Heard, decode
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import Heard, decode
+from aesanet.runtime.rows.row import Clip
 
 KINDS = [
     ("WAV", "PCM_16", 16_000, 1),

@@ -11,7 +11,7 @@ from aesanet.axes import AXES
 from aesanet.lengths import WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, Affine, BEATsConfig, Calibration, HeadConfig
-from aesanet.runtime.rows import write_row
+from aesanet.runtime.rows.row import write_row
 from aesanet.training.joining import ScoredClips
 from aesanet.training.labels import LabelledClip
 

@@ -15,10 +15,10 @@ from aesanet.engines import ENGINES_FOLDER, load_library
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import make_profiles
-from aesanet.gpu import cuda_call, load_cuda
+from aesanet.gpu import cuda_call, load_cuda, load_driver
 from aesanet.padding import pad_batch
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
-from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.cuda.device import CudaDevice
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
 LONGEST = 64_000
@@ -68,7 +68,7 @@ class Simulated:
     def open(self, seed=0, capacity=None, trt=SimulatedTensorRT, profiles=PROFILES, **options):
         self.cuda = Watched(SimulatedCuda(np.random.default_rng(seed)), capacity)
         plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, profiles) for name in GRAPH_NAMES}
-        return TensorRTBackend(plans, trt(self.cuda), CudaDevice(self.cuda), **options)
+        return TensorRTBackend(plans, trt(self.cuda), CudaDevice(self.cuda, self.cuda), **options)
 
     def stream(self):
         return SimpleNamespace(handle=int(cuda_call(self.cuda, "cudaStreamCreateWithFlags", 1)))  # as PyCUDA has it
@@ -111,7 +111,9 @@ class Real:
         self.cuda = Watched(load_cuda(), capacity)
         folder = self.bundle / ENGINES_FOLDER / self.engine.key
         plans = {name: (folder / plan.file).read_bytes() for name, plan in self.engine.plans.items()}
-        return TensorRTBackend(plans, load_library(self.engine.flavour), CudaDevice(self.cuda), **options)
+        return TensorRTBackend(
+            plans, load_library(self.engine.flavour), CudaDevice(self.cuda, load_driver()), **options
+        )
 
     def stream(self):
         return torch.cuda.Stream()
@@ -145,7 +147,7 @@ class RealTorch(Real):
     def open(self, seed=0, capacity=None, **options):
         self.cuda = Watched(load_cuda(), capacity)
         plans = {name: simulated_plan(self.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
-        return TensorRTBackend(plans, TorchTensorRT(self.model), CudaDevice(self.cuda), **options)
+        return TensorRTBackend(plans, TorchTensorRT(self.model), CudaDevice(self.cuda, load_driver()), **options)
 
 
 REAL = {"torch": RealTorch, "tensorrt": Real}

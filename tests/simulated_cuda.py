@@ -5,7 +5,7 @@ turns at random, each in its own order and held back by the events that it waits
 gives wrong scores, sooner or later; much else that CUDA leaves undefined (memory read before it was written or after it
 was freed) fails at once.
 
-The names are those of `cuda.bindings.runtime`, whose own enumerations are used.
+The names are those of `cuda.bindings.runtime` and `cuda.bindings.driver`, whose own enumerations are used.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
 
 OK = (real.cudaError_t.cudaSuccess,)
@@ -67,6 +68,7 @@ def _do(work):
 class SimulatedCuda:
     """A GPU of `capacity` bytes, whose streams take turns as `rng` says; each thread has a current one of several."""
 
+    CUresult = real_driver.CUresult
     cudaError_t = real.cudaError_t  # noqa: N815  (CUDA's own names)
     cudaMemoryType = real.cudaMemoryType  # noqa: N815
     cudaMemcpyKind = real.cudaMemcpyKind  # noqa: N815
@@ -84,6 +86,7 @@ class SimulatedCuda:
         self.graphs = set()
         self.haste, self.order = rng.choice([0.1, 1, 10]), []
         self.turn = threading.RLock()  # several threads may call
+        self.begun = set()  # devices on which memory was taken, if only for a context
 
     # Memory
 
@@ -103,9 +106,12 @@ class SimulatedCuda:
         return OK
 
     def cudaHostAlloc(self, size, flags):  # noqa: N802
+        self._must_be_current()
+        self._not_capturing()
         return *OK, self._allocate(self.host, size)
 
     def cudaFreeHost(self, address):  # noqa: N802
+        self._must_be_current()
         self._not_capturing()
         del self.host[address]
         return OK
@@ -159,6 +165,7 @@ class SimulatedCuda:
 
     def cudaEventCreateWithFlags(self, flags):  # noqa: N802
         self._must_be_current()
+        self._not_capturing()
         return *OK, Event()
 
     def cudaEventRecord(self, event, stream):  # noqa: N802
@@ -274,17 +281,39 @@ class SimulatedCuda:
     # What is here
 
     def cudaGetDevice(self):  # noqa: N802
-        return *OK, getattr(self.current, "ordinal", 0)
+        return *OK, self._pushed[-1] if self._pushed else getattr(self.current, "ordinal", 0)
 
     def cudaGetDeviceCount(self):  # noqa: N802
         return *OK, 2
 
     def cudaSetDevice(self, device):  # noqa: N802
         self.current.ordinal = device
+        self.begun.add(device)
         return OK
 
+    def cuInit(self, flags):  # noqa: N802
+        return (real_driver.CUresult.CUDA_SUCCESS,)
+
+    def cuDevicePrimaryCtxRetain(self, device):  # noqa: N802
+        self.begun.add(device)
+        return real_driver.CUresult.CUDA_SUCCESS, device
+
+    def cuCtxPushCurrent(self, context):  # noqa: N802
+        self._pushed.append(context)
+        return (real_driver.CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self):  # noqa: N802
+        if not self._pushed:
+            return real_driver.CUresult.CUDA_ERROR_INVALID_CONTEXT, None
+        return real_driver.CUresult.CUDA_SUCCESS, self._pushed.pop()
+
+    @property
+    def _pushed(self):
+        """Of this thread: devices whose contexts the driver made current."""
+        return self.current.__dict__.setdefault("pushed", [])
+
     def _must_be_current(self):
-        assert getattr(self.current, "ordinal", 0) == self.ordinal, "another GPU is this thread's current one"
+        assert self.cudaGetDevice()[1] == self.ordinal, "another GPU is this thread's current one"
 
     def cudaPointerGetAttributes(self, address):  # noqa: N802
         inside = any(start <= address < start + len(block) for start, block in self.device.items())

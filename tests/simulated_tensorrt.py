@@ -49,9 +49,10 @@ class SimulatedTensorRT:
     class TensorLocation(enum.Enum):
         DEVICE, HOST = range(2)
 
-    def __init__(self, cuda, capturable=("fbank", "features", "scores"), tells_late=False):
+    def __init__(self, cuda, capturable=("fbank", "features", "scores"), tells="at once"):
+        """What cannot be captured is told at once, by the next run too ("twice"), or when its capture ends ("late")."""
         self.cuda, self.capturable, self.logger = cuda, capturable, None
-        self.tells_late, self.late_error = tells_late, False
+        self.tells, self.late_error = tells, False
 
     def Runtime(self, logger):  # noqa: N802
         """The first logger is that of all: one that is gone by then would be written to all the same."""
@@ -179,8 +180,8 @@ class SimulatedContext(Complaining):
         capturable = self.engine.output in self.engine.trt.capturable
         if self.cuda.is_capturing(stream) and (self.ran != self.given or not capturable):
             self.cuda.spoil_capture(stream)
-            self.trt.late_error = self.trt.tells_late
-            return self._refuse("operation not permitted when stream is capturing")
+            self.trt.late_error = self.trt.tells != "at once"
+            return self.trt.tells == "late" or self._refuse("operation not permitted when stream is capturing")
         self.ran = dict(self.given)
         addresses, shapes, (memory, size) = dict(self.addresses), dict(self.given), self.memory
         cuda, session, output = self.cuda, self.engine.session, self.engine.output  # and not self, which may go

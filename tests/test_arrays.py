@@ -3,6 +3,7 @@
 Most tests run twice: on what stands for a GPU (see simulated_cuda), and on a real one where there is one (`-m gpu`).
 """
 
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -10,17 +11,18 @@ import numpy as np
 import pytest
 from machines import noise
 
-from aesanet.runtime.arrays import device_array, stream_handle
+from aesanet.errors import BackendError
+from aesanet.runtime.cuda.arrays import device_array, stream_handle
 
 
 def test_shapes_of_lent_arrays_are_not_remembered_for_ever(simulated, reference, monkeypatch):
-    monkeypatch.setattr("aesanet.runtime.backends.tensorrt._SIZES_KNOWN", 2)
+    monkeypatch.setattr("aesanet.runtime.cuda.layout._SIZES_KNOWN", 2)
     backend, stream = simulated.open(), simulated.stream()
     for samples in range(9_000, 9_006):
         batch = noise(np.random.default_rng(samples), [samples])
         lent = simulated.lend(batch[0], stream, dlpack=False)
         np.testing.assert_allclose(backend.submit(lent, batch[1], stream)(), reference(*batch), atol=1e-4)
-        assert len(backend._sizes) <= 2
+        assert len(backend._layout._sizes) <= 2
 
 
 @pytest.mark.parametrize("dlpack", [False, True])
@@ -103,6 +105,30 @@ def test_one_row_of_any_stride_is_contiguous():
     found = device_array(SimpleNamespace(__cuda_array_interface__=interface), 16)
     assert (found.address, found.shape, found.stream) == (256, (1, 5), 7)
     assert found[0:1].address == 256
+
+
+def test_a_lender_who_names_no_stream_orders_its_own_work():
+    """As PyTorch, whose arrays have both descriptions; without its order they would be read before they are filled."""
+    memory, asked = np.zeros((2, 5), np.float32), []
+
+    def lend(stream=None, **options):
+        asked.append(stream)
+        return memory.__dlpack__()
+
+    interface = {"shape": (2, 5), "typestr": "<f4", "data": (256, False), "strides": None, "version": 2}
+    both = SimpleNamespace(__cuda_array_interface__=interface, __dlpack__=lend, __dlpack_device__=lambda: (2, 0))
+    assert device_array(both, 16).address == memory.ctypes.data
+    assert asked == [16]
+    both.__cuda_array_interface__ = interface | {"version": 3, "stream": 7}
+    found = device_array(both, 16)
+    assert (found.address, found.stream) == (256, 7)
+
+
+def test_without_cuda_core_arrays_by_dlpack_are_told_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
+    lent = SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (2, 0))
+    with pytest.raises(BackendError, match=r"cuda-core .*: pip install 'aesanet\[gpu\]'"):
+        device_array(lent, 16)
 
 
 @pytest.mark.parametrize("name", ["cuda_stream", "ptr", "handle"])

@@ -40,7 +40,7 @@ from aesanet.runtime.backends import compiled as room
 from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.compiled import open_tensorrt, support
-from aesanet.runtime.complaints import process_logger
+from aesanet.runtime.cuda.error_recorder import process_logger
 from aesanet.runtime.scorer import Scorer
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
@@ -54,6 +54,7 @@ def compiled(half_bundle, tmp_path, monkeypatch, request):
     trt = getattr(request, "param", SimulatedTensorRT)(cuda)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(room, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(room, "load_driver", lambda: cuda)
     monkeypatch.setattr(room, "load_library", lambda flavour: trt)
     here = cuda_gpu(cuda)
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decode import clip_blocks, decode, resample
-from aesanet.runtime.rows import Clip
-from aesanet.runtime.segments import BLOCK_SAMPLES
+from aesanet.runtime.audio.decode import clip_blocks, decode, resample
+from aesanet.runtime.audio.segments import BLOCK_SAMPLES
+from aesanet.runtime.rows.row import Clip
 
 DECODABLE = [
     ("WAV", "PCM_U8", 8_000, 1),

@@ -18,8 +18,8 @@ from aesanet.errors import InputError
 from aesanet.hashing import file_sha256
 from aesanet.metrics import rank_metrics
 from aesanet.models.checkpoint import load_checkpoint
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip
 from aesanet.training.demo import degrade, plan, sources, train
 from aesanet.training.demo.__main__ import tell_other_versions
 from aesanet.training.demo.baseline import Baseline, features

@@ -14,7 +14,7 @@ from aesanet.cli.main import cli, main
 from aesanet.errors import InputError
 from aesanet.metrics import rank_metrics
 from aesanet.models.checkpoint import load_checkpoint
-from aesanet.runtime.parquet import write_parquet
+from aesanet.runtime.rows.parquet import write_parquet
 from aesanet.training.evaluation import evaluate, write_scatter
 from aesanet.training.joining import ScoredClips, join
 from aesanet.training.labels import LabelledClip

@@ -13,9 +13,9 @@ import soundfile
 import soxr
 
 from aesanet.errors import ClipError
-from aesanet.runtime import ffmpeg
-from aesanet.runtime.decode import Heard, decode
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio import ffmpeg
+from aesanet.runtime.audio.decode import Heard, decode
+from aesanet.runtime.rows.row import Clip
 
 RATE, SECONDS = 44_100, 3
 FORMATS = {

@@ -5,11 +5,13 @@ Most tests run twice: on what stands for a GPU (see simulated_cuda), and on a re
 
 import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
 from machines import LONGEST, noise
 from simulated_cuda import NOT_PERMITTED
+from simulated_tensorrt import SimulatedTensorRT
 
 from aesanet.errors import DeviceMemoryError
 from aesanet.export.profiles import make_profiles
@@ -65,6 +67,35 @@ def test_a_full_memory_halves_the_batch_and_is_told_once(gpu, reference, caplog)
         "the GPU's memory is full with 3 clips a batch; taking 1 from now on"
     ]
     assert sum(gpu.cuda.held.values()) < needed
+
+
+def test_a_full_memory_takes_that_of_contexts_too(simulated, reference):
+    """Which hold some of their own, also those of lengths that do not come any more."""
+    alive = weakref.WeakSet()
+
+    class Counted(SimulatedTensorRT):
+        def _load(self, plan):
+            engine = super()._load(plan)
+            create = engine.create_execution_context
+
+            def created(runtime_config):
+                alive.add(context := create(runtime_config))
+                return context
+
+            engine.create_execution_context = created
+            return engine
+
+    rng = np.random.default_rng(0)
+    short, long = noise(rng, [9_000]), noise(rng, [LONGEST] * 3)
+    backend = simulated.open(trt=Counted)
+    backend.scores(*long)
+    backend = simulated.open(trt=Counted, capacity=sum(simulated.cuda.held.values()) - 1)
+    gc.collect()
+    backend.scores(*short)
+    assert len(alive) == 3
+    np.testing.assert_allclose(backend.scores(*long), reference(*long), atol=1e-4)
+    gc.collect()
+    assert len(alive) == 3
 
 
 def test_batches_under_way_survive_a_full_memory(gpu, reference):

@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "benchmarks": {"aesanet", "models", "runtime", "export", "training"},
     "cli": {"aesanet", "models", "runtime", "export", "training", "benchmarks"},
 }
+# Within the runtime; what is in none of these may import all.
+RUNTIME_MAY_IMPORT = {"rows": set(), "audio": {"rows"}, "cuda": set(), "backends": {"cuda"}}
 # aesanet/__init__.py hands on Scorer when it is asked for, and so looks up, once and lazily.
 HANDS_ON = {("aesanet/__init__.py", "runtime")}
 
@@ -58,6 +60,14 @@ def test_no_import_runs_up_a_floor(room):
         for module in imports(path):
             other = room_of(module)
             assert other in {None, room, *MAY_IMPORT[room]} or (name, other) in HANDS_ON, f"{name} imports {module}"
+
+
+def test_no_import_runs_up_within_the_runtime():
+    for room, may_import in RUNTIME_MAY_IMPORT.items():
+        for path in files(f"runtime/{room}"):
+            for module in imports(path):
+                if module.startswith("aesanet.runtime."):
+                    assert module.split(".")[2] in {room, *may_import}, f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_no_circles():

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError, InputError
-from aesanet.runtime.inputs import count_rows, read_rows
-from aesanet.runtime.rows import OUTPUT_KEYS, Clip, Row, failed_row, scored_row, write_row
+from aesanet.runtime.rows.inputs import count_rows, read_rows
+from aesanet.runtime.rows.row import OUTPUT_KEYS, Clip, Row, failed_row, scored_row, write_row
 
 
 def given_rows(*inputs):

@@ -5,9 +5,9 @@ import pytest
 
 from aesanet.errors import ClipError
 from aesanet.runtime import jobs
-from aesanet.runtime.decode import Heard
+from aesanet.runtime.audio.decode import Heard
 from aesanet.runtime.jobs import file_jobs
-from aesanet.runtime.rows import Row
+from aesanet.runtime.rows.row import Row
 
 
 def paths(rows):

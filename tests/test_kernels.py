@@ -15,8 +15,8 @@ from aesanet.bundle import GRAPH_NAMES
 from aesanet.export.profiles import make_profiles
 from aesanet.files import CacheFile, replacing
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
-from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.kernels import LateKernels
+from aesanet.runtime.cuda.device import CudaDevice
+from aesanet.runtime.cuda.kernels import LateKernels
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])
 
@@ -33,7 +33,7 @@ def opened(half_bundle):
         cuda = SimulatedCuda(np.random.default_rng(0))
         plans = {name: simulated_plan(half_bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
         module = trt(cuda)
-        return TensorRTBackend(plans, module, CudaDevice(cuda), kernels=kernels, **options), module
+        return TensorRTBackend(plans, module, CudaDevice(cuda, cuda), kernels=kernels, **options), module
 
     return open_engine
 

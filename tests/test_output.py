@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aesanet.errors import InputError
-from aesanet.runtime.output import RowFile, state_of
-from aesanet.runtime.rows import Row
+from aesanet.runtime.rows.output import RowFile, state_of
+from aesanet.runtime.rows.row import Row
 
 RUN = {"the engine": ["known", 1], "--channels": "mean"}
 ROWS = [Row({"path": f"clip {number}.wav", "id": number, "é": [1, {"x": None}]}) for number in range(30)]

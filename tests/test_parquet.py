@@ -18,10 +18,10 @@ from pyarrow import parquet as pq
 from aesanet.axes import AXES
 from aesanet.cli.main import main
 from aesanet.errors import InputError
-from aesanet.runtime.inputs import count_rows, read_rows
-from aesanet.runtime.parquet import read_parquet, write_parquet
-from aesanet.runtime.results import read_results
-from aesanet.runtime.rows import OUTPUT_KEYS, Clip
+from aesanet.runtime.rows.inputs import count_rows, read_rows
+from aesanet.runtime.rows.parquet import read_parquet, write_parquet
+from aesanet.runtime.rows.results import read_results
+from aesanet.runtime.rows.row import OUTPUT_KEYS, Clip
 
 MEASURED = {
     **dict(zip(AXES, (1.5, 2.25, 3.0, 9.999999), strict=True)),
@@ -227,7 +227,7 @@ def test_strings_that_utf8_cannot_hold(tmp_path):
 
 
 def test_order_is_kept_over_many_row_groups_and_embeddings_are_float32(tmp_path, monkeypatch):
-    monkeypatch.setattr("aesanet.runtime.parquet._GROUP_ROWS", 1_000)
+    monkeypatch.setattr("aesanet.runtime.rows.parquet._GROUP_ROWS", 1_000)
     embedding = np.random.default_rng(0).normal(size=8)
     rows = [{"path": f"{i}.wav", **MEASURED, "embedding": (embedding + i).tolist()} for i in range(2_500)]
     table = round_trip(tmp_path, rows)

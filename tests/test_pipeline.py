@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from aesanet.errors import ClipError
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
 from aesanet.runtime import pipeline as pipeline_module
+from aesanet.runtime.audio.decode import Heard
 from aesanet.runtime.backends.base import Backend
-from aesanet.runtime.decode import Heard
 from aesanet.runtime.jobs import Job
 from aesanet.runtime.pipeline import GroupEnd, Pipeline, Scored, Settings
 from aesanet.runtime.windows import WindowCutter

@@ -29,10 +29,10 @@ from aesanet.benchmarks.score_page import clip_name, score_page
 from aesanet.benchmarks.score_summary import QUANTILES, Summary
 from aesanet.cli.main import main
 from aesanet.errors import InputError
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.parquet import write_parquet
-from aesanet.runtime.results import Result, read_results, score_files
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.parquet import write_parquet
+from aesanet.runtime.rows.results import Result, read_results, score_files
+from aesanet.runtime.rows.row import Clip
 
 HOSTILE = "</title><script>alert(1)</script>'\"><img src=http://x.example/a onerror=alert(2)>\u202e\x1b[31m\n.wav"
 NOT_UTF8 = os.fsdecode(b"caf\xe9 \xe4\xbd\xa0.wav")

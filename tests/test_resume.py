@@ -16,10 +16,10 @@ import pytest
 import soundfile
 from conftest import RECORDINGS
 
-from aesanet.runtime.inputs import read_rows
-from aesanet.runtime.output import state_of
 from aesanet.runtime.pipeline import GroupEnd
-from aesanet.runtime.results import read_results
+from aesanet.runtime.rows.inputs import read_rows
+from aesanet.runtime.rows.output import state_of
+from aesanet.runtime.rows.results import read_results
 from aesanet.runtime.scorer import Scorer
 
 COMMAND = [sys.executable, "-c", "from aesanet.cli.main import main; main()"]

@@ -19,10 +19,10 @@ from aesanet.lengths import MIN_SAMPLES, WindowPolicy, num_tokens
 from aesanet.models.checkpoint import load_checkpoint
 from aesanet.padding import pad_batch
 from aesanet.runtime import backends
+from aesanet.runtime.audio.decode import clip_blocks
 from aesanet.runtime.backends import supported_backends
 from aesanet.runtime.backends.base import Backend
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip, Row
+from aesanet.runtime.rows.row import Clip, Row
 from aesanet.runtime.scorer import ClipScores, Scorer
 
 # FP16 is of bundles that have it: see test_precision.

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError
-from aesanet.runtime import decoders
-from aesanet.runtime.decode import Heard, decode
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio import decoders
+from aesanet.runtime.audio.decode import Heard, decode
+from aesanet.runtime.rows.row import Clip
 
 SECONDS = 12.0
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from aesanet.axes import AXES
 from aesanet.cli.main import main
-from aesanet.runtime.inputs import read_rows
-from aesanet.runtime.parquet import read_parquet, write_parquet
-from aesanet.runtime.results import Result
-from aesanet.runtime.selection import Conditions, Top
+from aesanet.runtime.rows.inputs import read_rows
+from aesanet.runtime.rows.parquet import read_parquet, write_parquet
+from aesanet.runtime.rows.results import Result
+from aesanet.runtime.rows.selection import Conditions, Top
 
 
 def select(*arguments):

@@ -8,7 +8,7 @@ from machines import LONGEST, noise
 
 from aesanet.export.profiles import make_profiles
 from aesanet.lengths import MIN_SAMPLES, num_tokens
-from aesanet.runtime.shapes import choose_profile, grid_batch, grid_samples
+from aesanet.runtime.cuda.shapes import choose_profile, grid_batch, grid_samples
 
 
 @given(st.integers(1, 4096), st.integers(MIN_SAMPLES, 30 * 16_000))

@@ -16,9 +16,9 @@ from simulated_tensorrt import SimulatedTensorRT
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.engines import load_library
 from aesanet.errors import BackendError
-from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.kernels import LateKernels
-from aesanet.runtime.stage import Stage
+from aesanet.runtime.cuda.device import CudaDevice
+from aesanet.runtime.cuda.kernels import LateKernels
+from aesanet.runtime.cuda.stage import Stage
 
 
 class Crowded(SimulatedTensorRT):
@@ -205,13 +205,14 @@ def test_graphs_of_before_memory_was_full_stay(simulated, reference, seed, way):
 
 @pytest.mark.parametrize("capturable", [(), ("fbank", "features")])
 @pytest.mark.parametrize("captured_samples", [None, 0])
+@pytest.mark.parametrize("tells", ["twice", "late"])
 def test_an_error_of_capturing_that_is_told_late_costs_nothing(
-    simulated, reference, caplog, monkeypatch, capturable, captured_samples
+    simulated, reference, caplog, monkeypatch, capturable, captured_samples, tells
 ):
     """Whichever engine hears of it, and whether or not that is to be captured."""
     if captured_samples is not None:
         monkeypatch.setattr("aesanet.runtime.backends.tensorrt.CAPTURED_SAMPLES", captured_samples)
-    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable, tells_late=True))
+    backend = simulated.open(trt=lambda cuda: SimulatedTensorRT(cuda, capturable, tells))
     rng = np.random.default_rng(0)
     for samples in (15_000, 9_000):
         batch = noise(rng, [samples])
@@ -238,7 +239,8 @@ def test_a_library_that_does_not_start_is_one_error(simulated):
 def test_the_real_library_says_what_is_wrong_with_a_plan(capfd):
     """TensorRT-RTX itself, which can read a plan without a GPU; and it says so to nobody else."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
-    device = CudaDevice(SimulatedCuda(np.random.default_rng(0)))
+    cuda = SimulatedCuda(np.random.default_rng(0))
+    device = CudaDevice(cuda, cuda)
     with pytest.raises(BackendError, match=r"tensorrt_rtx [\d.]+ refused the head's plan: .*magicTag"):
         Stage(load_library("rtx"), bytes(1000), "head", device, device.stream(), 0, LateKernels())
     assert capfd.readouterr() == ("", "")

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aesanet.errors import ClipError, InputError
-from aesanet.runtime import tar
-from aesanet.runtime.decode import Heard, decode
-from aesanet.runtime.inputs import read_rows
-from aesanet.runtime.rows import Clip, Row
-from aesanet.runtime.sources import SourceFile, open_source
+from aesanet.runtime.audio.decode import Heard, decode
+from aesanet.runtime.audio.sources import SourceFile, open_source
+from aesanet.runtime.rows import tar
+from aesanet.runtime.rows.inputs import read_rows
+from aesanet.runtime.rows.row import Clip, Row
 
 
 def write_tar(path, members, **options):

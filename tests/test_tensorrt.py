@@ -5,6 +5,7 @@ Most tests run twice: on what stands for a GPU (see simulated_cuda), and on a re
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import msgspec
 import numpy as np
@@ -18,8 +19,9 @@ from simulated_tensorrt import SimulatedTensorRT, simulated_plan
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.errors import BackendError, DeviceMemoryError
+from aesanet.runtime.backends.base import mean_over_tokens
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
-from aesanet.runtime.device import CudaDevice
+from aesanet.runtime.cuda.device import CudaDevice
 from aesanet.runtime.scorer import Scorer
 
 batches_of_lengths = st.lists(
@@ -70,6 +72,35 @@ def test_embeddings_are_those_of_each_clip_alone_in_any_order_of_work(gpu, half_
         np.testing.assert_allclose(scores, np.concatenate([s for s, _ in expected]), atol=gpu.tolerance)
 
 
+def test_embeddings_are_there_as_soon_as_scores_are(simulated, monkeypatch):
+    """Also for a thread that waits while another, which takes the batch's slot, is about to compute them."""
+    backend = simulated.open()
+    batch = noise(np.random.default_rng(0), [9_000, 12_000])
+    expected = backend.submit_embedded(*batch)()[1]
+    pending = backend.submit_embedded(*batch)
+    found = []
+    waiting = Thread(target=lambda: found.append(pending()[1]))
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        waiting.start()
+        waiting.join(0.2)  # it has nothing to wait for but this
+        return mean_over_tokens(*arguments)
+
+    monkeypatch.setattr("aesanet.runtime.backends.tensorrt.mean_over_tokens", slow)
+    for _ in range(3):
+        backend.scores(*batch)
+    waiting.join()
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+
+
+def test_a_stream_is_of_arrays_on_the_gpu_alone(simulated, reference):
+    """Whoever names his stream each time may have an array on the host too."""
+    batch = noise(np.random.default_rng(0), [9_000])
+    found = simulated.open().submit(*batch, stream=simulated.stream())()
+    np.testing.assert_allclose(found, reference(*batch), atol=1e-4)
+
+
 def test_an_engine_names_the_batch_that_its_windows_profile_was_made_for(gpu):
     backend = gpu.open()
     assert backend.batch_seconds(LONGEST / 16_000) == backend.profiles[-1].max_batch * LONGEST / 16_000
@@ -101,18 +132,20 @@ def test_the_callers_array_is_free_once_it_was_submitted(gpu, reference):
 
 
 def test_an_engine_is_on_the_gpu_that_was_current_then(simulated, reference):
-    """Whatever is current later, and in other threads; and that is left as it was."""
+    """Whatever is current later, and in other threads; and that is left as it was: another GPU is not begun with."""
     cuda = SimulatedCuda(np.random.default_rng(0), ordinal=1)
     cuda.cudaSetDevice(1)
     plans = {name: simulated_plan(simulated.bundle / f"{name}.onnx", name, PROFILES) for name in GRAPH_NAMES}
-    backend = TensorRTBackend(plans, SimulatedTensorRT(cuda), CudaDevice(cuda))
+    backend = TensorRTBackend(plans, SimulatedTensorRT(cuda), CudaDevice(cuda, cuda))
     cuda.cudaSetDevice(0)
+    cuda.begun.discard(0)
     batch = noise(np.random.default_rng(0), [9_000, 12_000])
     with ThreadPoolExecutor(1) as other:
         for _ in range(9):
             np.testing.assert_allclose(backend.scores(*batch), reference(*batch), atol=1e-4)
             np.testing.assert_allclose(other.submit(backend.scores, *batch).result(), reference(*batch), atol=1e-4)
         assert other.submit(cuda.cudaGetDevice).result()[1] == 0
+    assert cuda.begun == {1}
     del backend
     gc.collect()
     assert cuda.cudaGetDevice()[1] == 0

@@ -26,9 +26,9 @@ ASKS = (
     "aesanet/engines.py",
     "export/engine.py",
     "export/timing.py",
-    "runtime/complaints.py",
-    "runtime/kernels.py",
-    "runtime/stage.py",
+    "runtime/cuda/error_recorder.py",
+    "runtime/cuda/kernels.py",
+    "runtime/cuda/stage.py",
     "runtime/backends/compiled.py",
     "runtime/backends/tensorrt.py",
 )

@@ -30,8 +30,8 @@ from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import TRUNK_PREFIX
 from aesanet.models.beats import BEATs
 from aesanet.models.checkpoint import load_checkpoint
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip
 from aesanet.training.config import TrainingConfig
 from aesanet.training.demo.degrade import lowpass
 from aesanet.training.joining import join

@@ -24,9 +24,9 @@ from aesanet.cli.main import main
 from aesanet.cli.verify import _worst
 from aesanet.export.writer import write_manifest
 from aesanet.hashing import file_sha256
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.inputs import read_rows
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.inputs import read_rows
+from aesanet.runtime.rows.row import Clip
 from aesanet.runtime.windows import split_windows
 
 RECORDING = str(RECORDINGS[4])

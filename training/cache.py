@@ -19,8 +19,8 @@ from aesanet.files import replacing
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, WindowPolicy, num_frames, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import BEATsConfig
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip
 from aesanet.runtime.windows import split_windows
 from aesanet.training.background import ahead
 from aesanet.training.dataset import Data, FoundClip, Trunk, Window, window_lengths

@@ -15,8 +15,8 @@ from aesanet.errors import ClipError, InputError
 from aesanet.files import naming
 from aesanet.hashing import file_sha256
 from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE, WindowPolicy
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip, file_name
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip, file_name
 from aesanet.training.labels import LabelledClip
 from aesanet.training.progress import Progress
 

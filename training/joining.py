@@ -11,7 +11,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
-from aesanet.runtime.results import Note, output_rows
+from aesanet.runtime.rows.results import Note, output_rows
 from aesanet.training.labels import LabelledClip
 
 LARGEST_SCORE: Final = 1e6  # far outside any scale, and small enough that its square is a number

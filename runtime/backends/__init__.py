@@ -15,7 +15,7 @@ from aesanet.runtime.backends.base import (
     Precision,
     Support,
 )
-from aesanet.runtime.kernels import Specialize
+from aesanet.runtime.cuda.kernels import Specialize
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from aesanet.bundle import GraphForm, GraphName, Manifest, graph_file, graph_specs, read_manifest
 from aesanet.errors import BackendError
-from aesanet.runtime.kernels import Specialize
+from aesanet.runtime.cuda.kernels import Specialize
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Device = Literal["cpu", "cuda"]

@@ -19,12 +19,12 @@ from aesanet.engines import (
 )
 from aesanet.errors import BackendError, BundleError, EngineMisfitError
 from aesanet.files import CacheFile
-from aesanet.gpu import Gpu, cuda_gpu, load_cuda
+from aesanet.gpu import Gpu, cuda_gpu, load_cuda, load_driver
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions, Support
 from aesanet.runtime.backends.tensorrt import TensorRTBackend
-from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.kernels import LateKernels
-from aesanet.runtime.shapes import GRAPHS_KEPT
+from aesanet.runtime.cuda.device import CudaDevice
+from aesanet.runtime.cuda.kernels import LateKernels
+from aesanet.runtime.cuda.shapes import GRAPHS_KEPT
 
 _Used = TypeVar("_Used")
 
@@ -40,9 +40,11 @@ def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend
     def opened(key: str, trt: Any, plans: Mapping[GraphName, bytes]) -> TensorRTBackend:
         graphs_kept = 0 if options.cuda_graphs is False else GRAPHS_KEPT
         kernels = LateKernels(options.specialize, CacheFile("kernels", {"engine": key, "GPU": str(gpu)}))
-        backend = TensorRTBackend(plans, trt, CudaDevice(cuda), graphs_kept, kernels)
+        device = CudaDevice(cuda, load_driver())
+        backend = TensorRTBackend(plans, trt, device, graphs_kept, kernels)
         _try(backend, files.manifest.window.window_samples)
-        kernels.keep()  # a process that is killed later has made most of them by now
+        with device.current():
+            kernels.keep()  # a process that is killed later has made most of them by now
         backend.engine_key = key
         backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
         return backend

@@ -23,7 +23,7 @@ from aesanet.runtime.backends.base import (
     Support,
     mean_over_tokens,
 )
-from aesanet.runtime.backends.captured import GridRuns
+from aesanet.runtime.backends.cuda_graphs import GridRuns
 from aesanet.runtime.backends.sessions import Sessions
 
 _GPU_BATCH_WINDOWS: Final = 64  # benchmarks/results/backends-h200.csv: with 8, one third of the speed
@@ -35,7 +35,7 @@ _Found = TypeVar("_Found")
 
 
 class OnnxRuntimeBackend(Backend):
-    """Three sessions on one device, on a GPU perhaps as CUDA graphs (see captured.py).
+    """Three sessions on one device, on a GPU perhaps as CUDA graphs (see cuda_graphs.py).
 
     Raises BackendError where graphs are asked for and cannot be had. Where they are to be tried, a line on stderr says
     why there are none, or no more.

@@ -17,7 +17,7 @@ class Sessions:
     """One session a graph. To be used by one thread at a time where they can be captured.
 
     onnxruntime : the module
-    capturing   : whether runs can be captured as CUDA graphs (see captured.py); these here are not
+    capturing   : whether runs can be captured as CUDA graphs (see cuda_graphs.py); these here are not
 
     Raises BackendError where the CUDA provider does not start, and what ONNX Runtime raises.
     """

@@ -18,8 +18,7 @@ import numpy as np
 from aesanet.axes import AXES
 from aesanet.bundle import GraphForm, GraphName
 from aesanet.errors import BackendError, DeviceMemoryError
-from aesanet.lengths import MEL_BINS, MIN_SAMPLES, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames, num_tokens
-from aesanet.runtime.arrays import DeviceArray, device_array, on_device, stream_handle
+from aesanet.lengths import SAMPLE_RATE, TOKENS_PER_PATCH, num_tokens
 from aesanet.runtime.backends.base import (
     Backend,
     Device,
@@ -28,18 +27,18 @@ from aesanet.runtime.backends.base import (
     Precision,
     mean_over_tokens,
 )
-from aesanet.runtime.device import Blocks, CudaDevice
-from aesanet.runtime.kernels import LateKernels
-from aesanet.runtime.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile, with_at_most
-from aesanet.runtime.slots import Batch, Part, Slot
-from aesanet.runtime.stage import Run, Shapes, Stage
+from aesanet.runtime.cuda.arrays import DeviceArray
+from aesanet.runtime.cuda.device import Blocks, CudaDevice
+from aesanet.runtime.cuda.kernels import LateKernels
+from aesanet.runtime.cuda.layout import Layout
+from aesanet.runtime.cuda.shapes import CAPTURED_SAMPLES, GRAPHS_KEPT, Profile, choose_profile, with_at_most
+from aesanet.runtime.cuda.slots import Batch, Part, Slot, checked_batch
+from aesanet.runtime.cuda.stage import Run, Stage
 
 _SLOTS: Final = 3  # batches under way: one copied in, one in the encoder, one in the head
-_SIZES_KNOWN: Final = 1024  # of shapes of batches
 _CLOSING_SECONDS: Final = 5.0
 _ALIGNMENT: Final = 256  # bytes, that TensorRT asks of every address
 _FLOAT32: Final = 4
-_INT64: Final = 8
 
 _log = logging.getLogger("aesanet")
 
@@ -72,24 +71,24 @@ class TensorRTBackend(Backend):
         self._device, self._blocks, self._lock = device, Blocks(device), RLock()
         self._stages: list[Stage] = []
         self._slots: list[Slot] = []
-        self._copying, self._encoding, self._scoring = used = tuple(device.stream() for _ in range(3))
-        weakref.finalize(self, _close, self._lock, device, used, self._slots, self._stages, self._blocks, kernels)
-        streams: dict[GraphName, Any] = {
-            "frontend": self._encoding,
-            "encoder": self._encoding,
-            "head": self._scoring,
-        }
-        for name, stream in streams.items():
-            self._stages.append(Stage(trt, plans[name], name, device, stream, graphs_kept, kernels))
+        self._turn = 0
+        with device.current():
+            self._copying, self._encoding, self._scoring = used = tuple(device.stream() for _ in range(3))
+            weakref.finalize(self, _close, self._lock, device, used, self._slots, self._stages, self._blocks, kernels)
+            streams: dict[GraphName, Any] = {
+                "frontend": self._encoding,
+                "encoder": self._encoding,
+                "head": self._scoring,
+            }
+            for name, stream in streams.items():
+                self._stages.append(Stage(trt, plans[name], name, device, stream, graphs_kept, kernels))
+            self._slots += (Slot(number, device) for number in range(_SLOTS))
         self._frontend, self._encoder, self._head = self._stages
         graphs = "" if graphs_kept else " without CUDA graphs"
         self.name = f"{trt.__name__} {trt.__version__} cuda fp16{graphs}{kernels.name}"
-        self._width = self._encoder.engine.get_tensor_shape("features")[2]
         self.profiles = engine_profiles(self._frontend.engine)
         self._fitting = self.profiles  # with as many clips as the GPU's memory was seen to hold
-        self._sizes: dict[tuple[int, int, int], dict[str, int]] = {}
-        self._slots += (Slot(number, device) for number in range(_SLOTS))
-        self._turn = 0
+        self._layout = Layout(self._frontend, self._encoder, self._head, _SLOTS)
 
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
         """As `Backend.scores`."""
@@ -104,7 +103,8 @@ class TensorRTBackend(Backend):
         num_samples : int64 [batch], on the host, each at least 2,800
         stream      : the CUDA stream that fills `waveform` on the GPU (an integer, or an object of PyCUDA, CuPy,
                       PyTorch or cuda.core). What is given to it later waits until the waveform was read. Without a
-                      stream, the array must be complete, and stay as it is until the scores are there
+                      stream, and where its library names none, the array must be complete; it must stay as it is until
+                      the scores are there
 
         Raises BackendError, or DeviceMemoryError where not even the fewest clips fit into the GPU's memory.
         """
@@ -129,7 +129,7 @@ class TensorRTBackend(Backend):
 
     def _submit(self, waveform: Any, num_samples: np.ndarray, stream: Any, embedded: bool) -> list[Part]:
         with self._lock, self._device.current():
-            batch = self._batch(waveform, np.asarray(num_samples, np.int64), stream)
+            batch = checked_batch(waveform, num_samples, stream, self._device, int(self._encoding))
             parts: list[Part] = []
             try:
                 while count := len(batch.num_samples):
@@ -144,33 +144,12 @@ class TensorRTBackend(Backend):
                 raise
         return parts
 
-    def _batch(self, waveform: Any, num_samples: np.ndarray, stream: Any) -> Batch:
-        array: np.ndarray | DeviceArray
-        if on_device(waveform):
-            array = device_array(waveform, int(self._encoding))
-            self._device.check_here(array.address)
-            stream = array.stream if stream is None else stream_handle(stream)
-        else:
-            array = np.asarray(waveform, np.float32)
-        if len(array.shape) != 2 or num_samples.shape != array.shape[:1] or not len(num_samples):
-            raise ValueError(
-                f"waveform {list(array.shape)} with num_samples {list(num_samples.shape)}; "
-                "give [batch, samples] and [batch]"
-            )
-        if not MIN_SAMPLES <= num_samples.min() <= num_samples.max() <= array.shape[1]:
-            raise ValueError(
-                f"num_samples from {num_samples.min()} to {num_samples.max()} in a waveform of {array.shape[1]}; "
-                f"each must be from {MIN_SAMPLES} to the waveform's"
-            )
-        return Batch(array, num_samples, stream)
-
     def _launch_or_shrink(self, profile: Profile, batch: Batch, embedded: bool) -> Part | None:
         """Launch a batch; where memory is full, first give all of ours back, then take half as many clips."""
         try:
             return self._launch(profile, batch, embedded)
         except DeviceMemoryError:
-            self._drain()
-            self._blocks.clear()
+            self._give_back()
         try:
             return self._launch(profile, batch, embedded)
         except DeviceMemoryError as error:
@@ -186,7 +165,10 @@ class TensorRTBackend(Backend):
         rows, samples = profile.padded(count, batch.samples)
         if lent:
             rows, samples = max(count, profile.min_batch), batch.samples
-        self._reserve(profile, rows, samples)
+        sizes = self._layout.sizes(profile.index, rows, samples)
+        if not self._blocks.hold(sizes):
+            self._drain()  # growing is rare
+            self._blocks.grow(sizes)
         blocks, memory = self._blocks, (self._blocks["layers"], self._blocks.size("layers"))
         waveform, tokens, features = (
             blocks[f"{name} {slot.number}"] for name in ("waveform", "num_tokens", "features")
@@ -215,7 +197,7 @@ class TensorRTBackend(Backend):
                     num_bytes = min(count, rows - row) * size
                     self._device.copy(waveform + row * size, batch.waveform.address, num_bytes, self._encoding)
         capture = rows * samples <= CAPTURED_SAMPLES
-        shapes = self._shapes(rows, samples)
+        shapes = self._layout.shapes(rows, samples)
         fbank = ("fbank", blocks["fbank"])
         counts, encoded = ("num_tokens", tokens), ("features", features)
         self._frontend.run(Run(profile.index, shapes["frontend"], (("waveform", waveform), fbank), memory), capture)
@@ -233,7 +215,7 @@ class TensorRTBackend(Backend):
         self._device.copy_out(found, blocks["scores"], self._scoring)
         kept = None
         if embedded:
-            kept = slot.host("features", np.float32, (rows, num_tokens(samples), self._width))
+            kept = slot.host("features", np.float32, (rows, num_tokens(samples), self._layout.width))
             self._device.copy_out(kept, features, self._scoring)
         self._device.record(slot.done, self._scoring)
 
@@ -241,46 +223,9 @@ class TensorRTBackend(Backend):
         self._turn = (self._turn + 1) % len(self._slots)
         return slot.part
 
-    def _reserve(self, profile: Profile, rows: int, samples: int) -> None:
-        """See to it that all blocks hold a batch; growing waits for all work, and is rare."""
-        key = (profile.index, rows, samples)
-        if key not in self._sizes:
-            if len(self._sizes) == _SIZES_KNOWN:  # those of lent arrays are in no grid
-                self._sizes.clear()
-            self._sizes[key] = self._sizes_of(profile, rows, samples)
-        if not self._blocks.hold(self._sizes[key]):
-            self._drain()
-            self._blocks.grow(self._sizes[key])
-
-    def _sizes_of(self, profile: Profile, rows: int, samples: int) -> dict[str, int]:
-        shapes = self._shapes(rows, samples)
-        frontend, encoder, head = (stage.activation_bytes(profile.index, shapes[stage.name]) for stage in self._stages)
-        of_slot = {
-            "waveform": rows * samples * _FLOAT32,
-            "num_tokens": rows * _INT64,
-            "features": rows * num_tokens(samples) * self._width * _FLOAT32,
-        }
-        return {
-            "scores": rows * len(AXES) * _FLOAT32,
-            "fbank": rows * num_frames(samples) * MEL_BINS * _FLOAT32,
-            "layers": max(frontend, encoder),  # one after the other on one stream
-            "head's layers": head,
-            **{f"{name} {slot.number}": size for name, size in of_slot.items() for slot in self._slots},
-        }
-
-    def _shapes(self, rows: int, samples: int) -> dict[str, Shapes]:
-        """Shapes of each graph's inputs."""
-        counts = ("num_tokens", (rows,))
-        return {
-            "frontend": (("waveform", (rows, samples)),),
-            "encoder": (("fbank", (rows, num_frames(samples), MEL_BINS)), counts),
-            "head": (("features", (rows, num_tokens(samples), self._width)), counts),
-        }
-
     def _halve(self, profile: Profile, batch: Batch, error: DeviceMemoryError) -> None:
         """Give all memory back, and take half as many clips of that length from now on, in profiles that can."""
-        self._drain()
-        self._blocks.clear()
+        self._give_back()
         rows = max(len(batch.num_samples), profile.min_batch)
         fitting = with_at_most(self._fitting, profile.max_samples, rows // 2)
         if not any(other.min_samples <= batch.samples <= other.max_samples for other in fitting):
@@ -302,6 +247,13 @@ class TensorRTBackend(Backend):
         for stage in self._stages:
             stage.forget_graphs()
 
+    def _give_back(self) -> None:
+        """Give back all memory of the GPU that a next batch can do without, or have anew."""
+        self._drain()
+        for stage in self._stages:
+            stage.forget_contexts()
+        self._blocks.clear()
+
     def _wait(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """A part's scores, and its embeddings or nothing."""
         if part.scores is None:
@@ -317,9 +269,10 @@ class TensorRTBackend(Backend):
         """Wait for a slot's batch, if it has one, and take its scores out."""
         if (part := slot.part) is not None:
             self._device.synchronize(slot.done)
-            part.scores = slot.host("scores", np.float32, (len(part.num_tokens), len(AXES))).copy()
             if part.features is not None:
                 part.embeddings = mean_over_tokens(part.features[: len(part.num_tokens)], part.num_tokens)
+            # Last: who waits in another thread takes these as the sign that all is there.
+            part.scores = slot.host("scores", np.float32, (len(part.num_tokens), len(AXES))).copy()
             part.owner = part.features = slot.part = None
 
 

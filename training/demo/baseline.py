@@ -8,8 +8,8 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.machine import usable_cores
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip
 from aesanet.training.demo.degrade import bandwidth_hertz
 from aesanet.training.demo.label import Label
 from aesanet.training.demo.plan import DemoClip

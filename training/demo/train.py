@@ -15,8 +15,8 @@ from aesanet.lengths import MIN_SAMPLES, WindowPolicy
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import AESANetConfig, BEATsConfig
 from aesanet.padding import pad_batch
-from aesanet.runtime.decode import clip_blocks
-from aesanet.runtime.rows import Clip
+from aesanet.runtime.audio.decode import clip_blocks
+from aesanet.runtime.rows.row import Clip
 from aesanet.runtime.windows import split_windows
 from aesanet.training.cache import cached_data
 from aesanet.training.config import TrainingConfig

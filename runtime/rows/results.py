@@ -9,8 +9,8 @@ from typing import Any, BinaryIO, Final, TypeAlias
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
-from aesanet.runtime.inputs import BYTE_ORDER_MARK, PARQUET_SUFFIX
-from aesanet.runtime.rows import parse_json
+from aesanet.runtime.rows.inputs import BYTE_ORDER_MARK, PARQUET_SUFFIX
+from aesanet.runtime.rows.row import parse_json
 
 STDIN: Final = "-"
 LONG_KEYS: Final = ("windows", "embedding")
@@ -72,7 +72,7 @@ def output_rows(name: str, note: Note | None) -> Iterator[tuple[str, dict[str, A
     A last line that is torn is an error where nobody is told of it, and where it is the only one.
     """
     if name.lower().endswith(PARQUET_SUFFIX):
-        from aesanet.runtime.parquet import read_parquet
+        from aesanet.runtime.rows.parquet import read_parquet
 
         for number, row in enumerate(read_parquet(name, leave_out=LONG_KEYS), start=1):
             yield f"{name}: row {number}", {key: value for key, value in row.items() if value is not None}

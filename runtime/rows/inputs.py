@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from aesanet.errors import ClipError, InputError
-from aesanet.runtime.files import is_audio
-from aesanet.runtime.rows import Row, is_tar, parse_json
-from aesanet.runtime.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
+from aesanet.runtime.rows.files import is_audio
+from aesanet.runtime.rows.row import Row, is_tar, parse_json
+from aesanet.runtime.rows.tar import COMPRESSED_TAR_SUFFIXES, tar_rows
 
 MANIFEST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 PARQUET_SUFFIX = ".parquet"
@@ -37,7 +37,7 @@ def read_rows(inputs: Sequence[str]) -> Iterator[Row]:
         elif os.path.isdir(name):
             yield from _folder(name)
         elif _is_parquet(name):
-            from aesanet.runtime.parquet import parquet_rows
+            from aesanet.runtime.rows.parquet import parquet_rows
 
             yield from parquet_rows(name)
         elif name.lower().endswith(MANIFEST_SUFFIXES):
@@ -56,7 +56,7 @@ def count_rows(inputs: Sequence[str]) -> int | None:
 
 def _count(name: str) -> int:
     if _is_parquet(name):
-        from aesanet.runtime.parquet import count_parquet_rows
+        from aesanet.runtime.rows.parquet import count_parquet_rows
 
         return count_parquet_rows(name)  # which it says of itself
     return sum(1 for _ in read_rows([name]))

@@ -18,30 +18,33 @@ from aesanet.gpu import cuda_call
 
 
 class CudaDevice:
-    """The device that was CUDA's current one when this was made.
+    """The device that was CUDA's current one when this was made, in the context that CUDA's runtime has of it.
 
     Every method raises BackendError with CUDA's reason: DeviceMemoryError for a full memory.
 
-    cuda : `cuda.bindings.runtime`, or what stands for it in tests
+    cuda   : `cuda.bindings.runtime`, or what stands for it in tests
+    driver : `cuda.bindings.driver`, or the same
     """
 
-    def __init__(self, cuda: Any) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Any, driver: Any) -> None:
+        self._cuda, self._driver = cuda, driver
         self._ordinal = self._call("cudaGetDevice")
+        self._drive("cuInit", 0)
+        self._context = self._drive("cuDevicePrimaryCtxRetain", self._ordinal)  # for as long as the process lives
         self.spoilt = False
         """Whether the last that was to be captured could not be; for those who run what comes next."""
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Let this thread's calls be on this device, and then on the one before: each thread has its own."""
-        before = self._call("cudaGetDevice")
-        if before != self._ordinal:
-            self._call("cudaSetDevice", self._ordinal)
+        """Let this thread's calls be on this device, and then on the one before: each thread has its own.
+
+        By the driver, as the runtime cannot go back to none: it would begin on GPU 0, and take memory there.
+        """
+        self._drive("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            if before != self._ordinal:
-                self._call("cudaSetDevice", before)
+            self._drive("cuCtxPopCurrent")
 
     def check_here(self, address: int) -> None:
         """Raise ValueError for memory that is not this device's."""
@@ -70,8 +73,13 @@ class CudaDevice:
         except DeviceMemoryError as error:  # the host's, and smaller batches on the device are no help
             raise BackendError(f"no {num_bytes} bytes of page-locked memory: {error}") from None
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False  # the system takes it back then
+        weakref.finalize(memory, self._unpin, address).atexit = False  # the system takes it back then
         return np.ctypeslib.as_array(memory)
+
+    def _unpin(self, address: int) -> None:
+        """In whichever thread an array's last user lets it go."""
+        with self.current():
+            self._cuda.cudaFreeHost(address)
 
     def stream(self) -> Any:
         """A stream that does not wait for the default one."""
@@ -124,21 +132,24 @@ class CudaDevice:
         """
         captured: list[Any] = []
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        with _nothing_collected:
-            self._call("cudaStreamBeginCapture", stream, mode)
-            try:
-                yield captured
-            except BaseException:
-                self.spoilt = True
-                _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
-                if graph is not None and int(graph):
-                    self._call("cudaGraphDestroy", graph)
-                raise
-            graph = self._call("cudaStreamEndCapture", stream)
         try:
-            captured.append(self._call("cudaGraphInstantiate", graph, 0))
-        finally:
-            self._call("cudaGraphDestroy", graph)
+            with _nothing_collected:
+                self._call("cudaStreamBeginCapture", stream, mode)
+                try:
+                    yield captured
+                except BaseException:
+                    _, graph = self._cuda.cudaStreamEndCapture(stream)  # which may complain once more
+                    if graph is not None and int(graph):
+                        self._call("cudaGraphDestroy", graph)
+                    raise
+                graph = self._call("cudaStreamEndCapture", stream)
+            try:
+                captured.append(self._call("cudaGraphInstantiate", graph, 0))
+            finally:
+                self._call("cudaGraphDestroy", graph)
+        except BaseException:
+            self.spoilt = True
+            raise
 
     def launch(self, graph: Any, stream: Any) -> None:
         """Run a captured graph in a stream's order."""
@@ -158,6 +169,12 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return cuda_call(self._cuda, name, *arguments)
+
+    def _drive(self, name: str, *arguments: Any) -> Any:
+        error, *values = getattr(self._driver, name)(*arguments)
+        if error != self._driver.CUresult.CUDA_SUCCESS:
+            raise BackendError(f"CUDA failed in {name}: {error.name}")
+        return values[0] if values else None
 
 
 class _NothingCollected:

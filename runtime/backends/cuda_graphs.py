@@ -20,7 +20,7 @@ from aesanet.lengths import MEL_BINS, SAMPLE_RATE, TOKENS_PER_PATCH, num_frames,
 from aesanet.limits import FEATURES_LIMIT, SCORES_LIMIT
 from aesanet.runtime.backends.base import Precision
 from aesanet.runtime.backends.sessions import NO_GRAPH, Sessions, run_options
-from aesanet.runtime.shapes import GRAPHS_KEPT, grid_batch, grid_samples
+from aesanet.runtime.cuda.shapes import GRAPHS_KEPT, grid_batch, grid_samples
 
 _SEEN_SHAPES: Final = 1024  # that are remembered as run once
 _IDLE_RUNS: Final = 1024  # after which a shape is taken to come no more; a guess: nobody has timed new sessions

@@ -10,10 +10,10 @@ import soxr
 
 from aesanet.errors import ClipError
 from aesanet.lengths import SAMPLE_RATE
-from aesanet.runtime.rows import Clip
-from aesanet.runtime.segments import Extent, Frames, check_samples, read_segments
-from aesanet.runtime.segments import checked_rate as checked_rate  # for samples that come without a file
-from aesanet.runtime.sources import Source, open_source
+from aesanet.runtime.audio.segments import Extent, Frames, check_samples, read_segments
+from aesanet.runtime.audio.segments import checked_rate as checked_rate  # for samples that come without a file
+from aesanet.runtime.audio.sources import Source, open_source
+from aesanet.runtime.rows.row import Clip
 
 ChannelPolicy = Literal["mean", "left", "loudest"]
 """What of several channels is heard: their mean, the first, or the one with the most energy over the clip."""

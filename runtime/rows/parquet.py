@@ -13,7 +13,7 @@ from typing import Any, Final
 from aesanet.axes import AXES
 from aesanet.errors import InputError
 from aesanet.files import replacing
-from aesanet.runtime.rows import OUTPUT_KEYS, Row
+from aesanet.runtime.rows.row import OUTPUT_KEYS, Row
 
 try:
     import pyarrow as pa

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from aesanet.errors import ClipError
-from aesanet.runtime.sources import Source
+from aesanet.runtime.audio.sources import Source
 
 STALL_SECONDS = 60.0  # that it may give nothing; an hour of any of these formats takes seconds
 LOG_BYTES = 2**16  # of what it says, which is kept for the length by the file's header

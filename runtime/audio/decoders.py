@@ -9,9 +9,9 @@ import numpy as np
 import soundfile
 
 from aesanet.errors import ClipError
-from aesanet.runtime.claims import chained_ogg_seconds, mp3_ratio, riff_ratio
-from aesanet.runtime.ffmpeg import FfmpegDecoder, find_ffmpeg
-from aesanet.runtime.sources import EndlessFile, Source, SourceFile
+from aesanet.runtime.audio.containers import chained_ogg_seconds, mp3_ratio, riff_ratio
+from aesanet.runtime.audio.ffmpeg import FfmpegDecoder, find_ffmpeg
+from aesanet.runtime.audio.sources import EndlessFile, Source, SourceFile
 
 CHUNK_FRAMES = 4 * 1152  # four frames of an mp3
 UNKNOWN_FRAMES = 2**62  # libsndfile's answer for streams of unknown length is 2^63 - 1

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from aesanet.errors import BackendError
-from aesanet.runtime.complaints import Complaints, process_logger
-from aesanet.runtime.device import CudaDevice
-from aesanet.runtime.kernels import LateKernels
+from aesanet.runtime.cuda.device import CudaDevice
+from aesanet.runtime.cuda.error_recorder import Complaints, process_logger
+from aesanet.runtime.cuda.kernels import LateKernels
 
 _SEEN_RUNS: Final = 1024  # that are remembered as run once
 _IDLE_RUNS: Final = 4  # times the graphs that are kept: only a graph that was idle for so long gives way to another
@@ -103,10 +103,14 @@ class Stage:
             self._drop(self._graphs.popitem()[1])
         self._seen.clear()
 
-    def close(self) -> None:
-        """Let go of graphs, contexts and the engine, each before what it needs; the stream must be idle."""
+    def forget_contexts(self) -> None:
+        """Drop all graphs and contexts, which hold memory of their own; the stream must be idle."""
         self.forget_graphs()
         self._contexts.clear()
+
+    def close(self) -> None:
+        """Let go of graphs, contexts and the engine, each before what it needs; the stream must be idle."""
+        self.forget_contexts()
         self._config = self._capturing = self.engine = self._runtime = None
 
     def _has_room(self) -> bool:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from aesanet.runtime.arrays import DeviceArray
-from aesanet.runtime.device import CudaDevice
+from aesanet.lengths import MIN_SAMPLES
+from aesanet.runtime.cuda.arrays import DeviceArray, device_array, on_device, stream_handle
+from aesanet.runtime.cuda.device import CudaDevice
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,32 @@ class Batch:
     def after(self, most: int) -> "Batch":
         """The clips that `first` leaves."""
         return Batch(self.waveform[most:], self.num_samples[most:], self.stream)
+
+
+def checked_batch(waveform: Any, num_samples: np.ndarray, stream: Any, device: CudaDevice, read_on: int) -> Batch:
+    """A batch as a caller gave it; raises ValueError or TypeError for what cannot be scored on the device.
+
+    read_on : the stream that will read the waveform
+    """
+    num_samples = np.asarray(num_samples, np.int64)
+    array: np.ndarray | DeviceArray
+    if on_device(waveform):
+        array = device_array(waveform, read_on)
+        device.check_here(array.address)
+        stream = array.stream if stream is None else stream_handle(stream)
+    else:
+        array, stream = np.asarray(waveform, np.float32), None  # which is complete, whoever fills others
+    if len(array.shape) != 2 or num_samples.shape != array.shape[:1] or not len(num_samples):
+        raise ValueError(
+            f"waveform {list(array.shape)} with num_samples {list(num_samples.shape)}; "
+            "give [batch, samples] and [batch]"
+        )
+    if not MIN_SAMPLES <= num_samples.min() <= num_samples.max() <= array.shape[1]:
+        raise ValueError(
+            f"num_samples from {num_samples.min()} to {num_samples.max()} in a waveform of {array.shape[1]}; "
+            f"each must be from {MIN_SAMPLES} to the waveform's"
+        )
+    return Batch(array, num_samples, stream)
 
 
 class Slot:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from aesanet.runtime.files import open_regular
-from aesanet.runtime.tar import find_member
+from aesanet.runtime.rows.files import open_regular
+from aesanet.runtime.rows.tar import find_member
 
 
 @dataclass(frozen=True)

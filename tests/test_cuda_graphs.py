@@ -22,7 +22,7 @@ from aesanet.cli.main import main
 from aesanet.errors import BackendError
 from aesanet.lengths import MIN_SAMPLES, num_frames, num_tokens
 from aesanet.padding import pad_batch
-from aesanet.runtime.backends import captured, onnxruntime, open_exactly
+from aesanet.runtime.backends import cuda_graphs, onnxruntime, open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.scorer import Scorer
 
@@ -100,8 +100,8 @@ def test_a_shape_is_captured_when_it_comes_again_and_launched_from_then_on(provi
 
 
 def test_no_graph_beyond_the_bounds(provider, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(captured, "GRAPHS_KEPT", 3)
-    monkeypatch.setattr(captured, "_KEPT_SAMPLES", 200_000)
+    monkeypatch.setattr(cuda_graphs, "GRAPHS_KEPT", 3)
+    monkeypatch.setattr(cuda_graphs, "_KEPT_SAMPLES", 200_000)
     backend = opened(tiny_bundle, cuda_graphs=True)
     _, encoder, _ = provider.sessions
     rng = np.random.default_rng(0)
@@ -116,8 +116,8 @@ def test_no_graph_beyond_the_bounds(provider, tiny_bundle, monkeypatch):
 
 
 def test_graphs_that_went_out_of_use_give_way_together(provider, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(captured, "GRAPHS_KEPT", 4)
-    monkeypatch.setattr(captured, "_IDLE_RUNS", 10)
+    monkeypatch.setattr(cuda_graphs, "GRAPHS_KEPT", 4)
+    monkeypatch.setattr(cuda_graphs, "_IDLE_RUNS", 10)
     backend, plain = opened(tiny_bundle, cuda_graphs=True), opened(tiny_bundle, cuda_graphs=False)
     first, others = list(provider.sessions[:3]), provider.sessions[3:]
     assert len(others) == 3
@@ -141,9 +141,9 @@ def test_graphs_that_went_out_of_use_give_way_together(provider, tiny_bundle, mo
 
 
 def test_sessions_stay_where_no_shape_lacks_room_or_one_never_fits(provider, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(captured, "GRAPHS_KEPT", 3)
-    monkeypatch.setattr(captured, "_IDLE_RUNS", 10)
-    monkeypatch.setattr(captured, "_KEPT_SAMPLES", 150_000)
+    monkeypatch.setattr(cuda_graphs, "GRAPHS_KEPT", 3)
+    monkeypatch.setattr(cuda_graphs, "_IDLE_RUNS", 10)
+    monkeypatch.setattr(cuda_graphs, "_KEPT_SAMPLES", 150_000)
     backend = opened(tiny_bundle, cuda_graphs=True)
     rng = np.random.default_rng(0)
     small, refused, other, huge = (clips(rng, lengths) for lengths in ([4_000], [8_000], [12_000], [40_000] * 4))
@@ -159,8 +159,8 @@ def test_sessions_stay_where_no_shape_lacks_room_or_one_never_fits(provider, tin
 
 @pytest.mark.parametrize("must", [True, "try"])
 def test_where_sessions_cannot_be_had_anew_that_is_as_at_first(provider, tiny_bundle, monkeypatch, capsys, must):
-    monkeypatch.setattr(captured, "GRAPHS_KEPT", 1)
-    monkeypatch.setattr(captured, "_IDLE_RUNS", 2)
+    monkeypatch.setattr(cuda_graphs, "GRAPHS_KEPT", 1)
+    monkeypatch.setattr(cuda_graphs, "_IDLE_RUNS", 2)
     backend = opened(tiny_bundle, cuda_graphs=must)
     batch = clips(np.random.default_rng(0), [8_000])
     expected = [backend.scores(*batch) for _ in range(3)]

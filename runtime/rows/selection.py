@@ -9,7 +9,7 @@ import numpy as np
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
-from aesanet.runtime.results import STDIN, Note, Result, read_results
+from aesanet.runtime.rows.results import STDIN, Note, Result, read_results
 
 LIMIT_NAMES: Final = (*AXES, "seconds")
 """What has limits."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from aesanet.errors import BackendError
+
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -42,18 +44,21 @@ def on_device(array: Any) -> bool:
 def device_array(array: Any, stream: int) -> DeviceArray:
     """Look at an array without copying it.
 
-    stream : that the array will be read on; DLPack lets the lender order its own work before
+    stream : that the array will be read on; DLPack lets the lender order its own work before, and so is asked where the
+             array's other description names no stream (PyTorch's)
 
-    Raises TypeError for another dtype, ValueError where it is not contiguous.
+    Raises TypeError for another dtype, ValueError where it is not contiguous, BackendError where cuda-core is missing.
     """
-    if hasattr(array, "__cuda_array_interface__"):
-        described = array.__cuda_array_interface__
+    described = getattr(array, "__cuda_array_interface__", None)
+    if described is not None and (described.get("stream") is not None or not hasattr(array, "__dlpack__")):
         dtype, shape, strides = np.dtype(described["typestr"]), tuple(described["shape"]), described.get("strides")
         strides = strides and tuple(size // dtype.itemsize for size in strides)
         found = DeviceArray(int(described["data"][0]), shape, described.get("stream"), array)
     else:
-        from cuda.core.utils import StridedMemoryView
-
+        try:
+            from cuda.core.utils import StridedMemoryView
+        except ImportError as error:
+            raise BackendError(f"arrays by DLPack need cuda-core ({error}): pip install 'aesanet[gpu]'") from None
         view = StridedMemoryView.from_dlpack(array, stream_ptr=stream)
         dtype, shape, strides = view.dtype, tuple(view.shape), view.strides
         found = DeviceArray(int(view.ptr), shape, None, view)

@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass
 
-from aesanet.runtime.sources import Source
+from aesanet.runtime.audio.sources import Source
 
 # An Ogg page: RFC 3533, section 6.
 OGG_FLAGS, OGG_GRANULE, OGG_SERIAL, OGG_SEGMENTS = 5, slice(6, 14), slice(14, 18), 26

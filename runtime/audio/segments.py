@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from aesanet.errors import ClipError
-from aesanet.runtime.decoders import CHUNK_FRAMES, Decoder, open_decoder
-from aesanet.runtime.rows import Clip
-from aesanet.runtime.sources import Source
+from aesanet.runtime.audio.decoders import CHUNK_FRAMES, Decoder, open_decoder
+from aesanet.runtime.audio.sources import Source
+from aesanet.runtime.rows.row import Clip
 
 BLOCK_SAMPLES = 2**16  # over all channels: 256 kB of float32 at a time, which a core's cache holds
 LARGEST_SAMPLE = 2.0**31  # 32-bit integers written as floats; past it, energies overflow float32

@@ -15,8 +15,8 @@ from threading import Lock
 from typing import TypeAlias
 
 from aesanet.errors import ClipError
-from aesanet.runtime.files import is_audio, open_regular
-from aesanet.runtime.rows import Row, parse_json
+from aesanet.runtime.rows.files import is_audio, open_regular
+from aesanet.runtime.rows.row import Row, parse_json
 
 COMPRESSED_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 NAME = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<suffixes>[^/]*)", re.DOTALL)

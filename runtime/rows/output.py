@@ -18,7 +18,7 @@ import msgspec
 
 from aesanet.errors import InputError
 from aesanet.files import replacing
-from aesanet.runtime.rows import Row, own_keys, row_line
+from aesanet.runtime.rows.row import Row, own_keys, row_line
 
 try:
     import fcntl
