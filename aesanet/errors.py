@@ -82,3 +82,7 @@ class ClipError(AesanetError, ValueError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+    def __reduce__(self) -> tuple[type["ClipError"], tuple[str, str]]:
+        """Copied and sent between processes as it was made: by itself Python would give back the message alone."""
+        return ClipError, (self.code, self.message)

@@ -8,6 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from aesanet.errors import InputError
 from aesanet.hashing import parts_sha256
 
@@ -47,6 +52,47 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def lock(descriptor: int) -> bool:
+    """Lock a file or folder for this process until the descriptor is closed; false where another has it.
+
+    True, too, where the system or the file system has no locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+    return True
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While this lasts, no other process is in this with the same folder; raises InputError where one is."""
+    if fcntl is None:  # as folders cannot be opened there
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(descriptor):
+            raise InputError(f"{folder}: another run is writing it; wait for its end, or give another name")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path, older_seconds: float, names: str = "*") -> None:
+    """Remove what `replacing` left in a folder where a process was killed, if nobody has written it for so long.
+
+    names : of the files that were to be replaced, as a glob
+    """
+    for file in folder.glob(f".{names}.{'[0-9a-f]' * 16}"):
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime >= older_seconds:
+                file.unlink()
+
+
 class CacheFile:
     """A file in the user's cache folder (`XDG_CACHE_HOME` or `~/.cache`), one for all that its content depends on.
 
@@ -82,7 +128,6 @@ class CacheFile:
             with replacing(self.path) as beside:
                 beside.write_bytes(content)
             files = sorted(self.path.parent.glob(f"{self._name}-*.cache"), key=lambda file: file.stat().st_mtime)
-            left = self.path.parent.glob(f".{self._name}-*.cache.*")  # by processes that were killed, unless they write
-            old = [file for file in left if time.time() - file.stat().st_mtime > LEFT_OVER_SECONDS]
-            for unused in (*files[:-_CACHED_FILES], *old):
+            for unused in files[:-_CACHED_FILES]:
                 unused.unlink(missing_ok=True)
+            sweep(self.path.parent, LEFT_OVER_SECONDS, f"{self._name}-*.cache")

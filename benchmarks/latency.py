@@ -29,7 +29,7 @@ LATENCY_COLUMNS: Final = (
 )
 COLD_COLUMNS: Final = (*TIMED, "repeats", "import_milliseconds", "open_milliseconds", "first_score_milliseconds")
 KEY: Final = ("engine", "weights", "batch", "clip_seconds")
-"""What makes two rows of two files comparable."""
+"""What makes two rows of two files comparable, beside the threads, which older files do not tell."""
 
 WARM_UPS: Final = 9
 """Batches of a shape before it is timed: TensorRT captures a CUDA graph at its second run in each of three slots."""
@@ -142,13 +142,13 @@ def compare(before: Path, after: Path) -> list[dict[str, Any]]:
         rows = read_rows_of(path)
         if missing := {*KEY, "milliseconds_p50", "p50_low", "p50_high"} - rows[0].keys():
             raise InputError(f"{path}: has no column {', '.join(sorted(missing))}; `aesanet bench latency` writes them")
-        found.append({tuple(row[name] for name in KEY): row for row in rows})
+        found.append({(*(row[name] for name in KEY), row.get("threads", "")): row for row in rows})
     first, second = found
     if not (shared := [key for key in first if key in second]):
         raise InputError(f"{before} and {after} have no engine, weights, batch and clip length in common")
     return [
         {
-            **dict(zip(KEY, key, strict=True)),
+            **dict(zip((*KEY, "threads"), key, strict=True)),
             "ratio": _number(second[key], "milliseconds_p50") / _number(first[key], "milliseconds_p50"),
             "low": _number(second[key], "p50_low") / _number(first[key], "p50_high"),
             "high": _number(second[key], "p50_high") / _number(first[key], "p50_low"),

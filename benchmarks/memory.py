@@ -1,10 +1,9 @@
-"""How much memory scoring takes, whatever comes: `python -m aesanet.benchmarks.memory BUNDLE --out memory.csv`.
+"""How much memory scoring takes, whatever comes.
 
 Each case is a run of `aesanet score` in a process of its own, which tells its peak at the end. Files are noise, written
 as they would be found; rows are of many short files, each asked for many times, and of many segments of one.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -17,11 +16,11 @@ from typing import Any, Final
 import numpy as np
 import soundfile
 
-from aesanet.benchmarks.records import WHERE, append_rows, provenance
+from aesanet.benchmarks.records import WHERE
+from aesanet.errors import BackendError
 from aesanet.runtime.rows.row import row_line
-from aesanet.runtime.scorer import Scorer
 
-COLUMNS: Final = (*WHERE, *"case rows audio_seconds seconds peak_memory_mib above_one_clip_mib".split())
+MEMORY_COLUMNS: Final = (*WHERE, *"case rows audio_seconds seconds peak_memory_mib above_one_clip_mib".split())
 
 _RATE: Final = 16_000
 _SHORT_FILES: Final = 500
@@ -73,12 +72,14 @@ def _run(bundle: Path, source: Path, engine: Sequence[str]) -> tuple[float, int]
         command = [*_COMMAND, str(bundle), str(source), *out, *engine]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{source}: {done.stderr.strip()}")
+            raise BackendError(f"`aesanet score {bundle} {source.name}` failed: {done.stderr.strip().splitlines()[-1]}")
         return time.perf_counter() - began, round(int(done.stdout) / 1024)
 
 
-def measure_memory(bundle: Path, rows: int, hours: float, engine: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each case; `engine` are options of `aesanet score`."""
+def measure_memory(
+    bundle: Path, rows: int, hours: float, engine: Sequence[str], note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """A row for each case; `engine` are options of `aesanet score`, `note` hears of each case as it is done."""
     cases: dict[str, Callable[[Path], tuple[Path, int, float]]] = {
         "one clip of 10 s": lambda folder: _long(folder, "flac", 10 / 3600),
         **{
@@ -104,23 +105,5 @@ def measure_memory(bundle: Path, rows: int, hours: float, engine: Sequence[str])
                 "above_one_clip_mib": peak - least,
             }
         )
-        print(f"{name}: {peak} MiB in {seconds:.0f} s", file=sys.stderr)
+        note(f"{name}: {peak} MiB in {seconds:.0f} s")
     return measured
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--hours", type=float, default=2.0)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    where = provenance(Scorer.open(arguments.bundle, backend=arguments.backend), arguments.bundle)
-    rows = measure_memory(arguments.bundle, arguments.rows, arguments.hours, ("--backend", arguments.backend))
-    append_rows(arguments.out, COLUMNS, [where | row for row in rows])
-
-
-if __name__ == "__main__":
-    main()

@@ -29,6 +29,7 @@ from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
 from aesanet.export.engine import Settings
 from aesanet.export.profiles import default_profiles
+from aesanet.gpu import cuda_gpu, load_cuda
 from aesanet.hashing import file_sha256
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.models.checkpoint import load_checkpoint, save_checkpoint
@@ -248,7 +249,8 @@ def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Wor
     recordings = [_samples(str(path)) for path in samples()[:2]] if on_gpu else []
     export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
     if on_gpu and supported_backends()["tensorrt"].runs:
-        compile_bundle(bundle, choose_flavour("auto"), Settings(default_profiles(CLIP_SECONDS)))
+        profiles = default_profiles(CLIP_SECONDS, int(cuda_gpu(load_cuda()).memory))
+        compile_bundle(bundle, choose_flavour("auto"), Settings(profiles), progress=note)
     model = load_checkpoint(checkpoint)
     length = round(CLIP_SECONDS * SAMPLE_RATE)
     waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(largest)])

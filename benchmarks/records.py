@@ -18,7 +18,7 @@ from aesanet.runtime.scorer import Scorer
 
 MACHINE: Final = "date aesanet processor cores load gpu python".split()
 CLOCKS: Final = "processor_mhz gpu_mhz".split()
-WHERE: Final = [*MACHINE, "bundle_sha256", "weights", "engine"]
+WHERE: Final = [*MACHINE, "bundle_sha256", "weights", "engine", "threads"]
 TIMED: Final = [*WHERE, *CLOCKS]
 """Of what takes time. `load` is before anything is measured; clocks are right after, when they are still the same."""
 
@@ -56,12 +56,16 @@ def clocks() -> dict[str, Any]:
     return {"processor_mhz": "" if processor is None else round(processor), "gpu_mhz": gpu}
 
 
-def provenance(scorer: Scorer, bundle: Path) -> dict[str, Any]:
-    """What rows say of one bundle on one engine, and of the machine."""
+def provenance(scorer: Scorer, bundle: Path, threads: int | None) -> dict[str, Any]:
+    """What rows say of one bundle on one engine, and of the machine.
+
+    threads : of the processor, that the engine was opened with; nothing for its own choice
+    """
     return machine() | {
         "bundle_sha256": file_sha256(bundle / MANIFEST_NAME)[:16],
         "weights": scorer.manifest.weights,
         "engine": scorer.backend.name,
+        "threads": threads or "",
     }
 
 

@@ -32,7 +32,7 @@ from aesanet.runtime.scorer import Scorer
 
 THROUGHPUT_COLUMNS: Final = (
     *TIMED,
-    *"threads batch clip_seconds rounds batches_a_round".split(),
+    *"batch clip_seconds rounds batches_a_round".split(),
     *"clips_per_second clips_per_second_low clips_per_second_high hours_of_audio_per_second x_real_time".split(),
     *"useful_tflops peak_tflops peak_source mfu memory_mib gpu_memory_before_mib gpu_memory_after_mib".split(),
 )
@@ -106,7 +106,7 @@ def throughput_rows(
     }
     peak = max(peak_before, device_peak(backend, threads), key=lambda peak: peak.tflops or 0.0)
     return [
-        {"threads": threads} | throughput_row(cell, rounds, clip_flops(config, _samples(cell)).total, peak) | memory
+        throughput_row(cell, rounds, clip_flops(config, _samples(cell)).total, peak) | memory
         for cell, rounds in found.items()
     ]
 

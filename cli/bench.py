@@ -6,31 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aesanet.cli.options import FiniteRange, engine_options
+from aesanet.cli.measurements import compare, report
+from aesanet.cli.options import BACKENDS, FiniteRange, engine_options, positive_numbers, whole_batches
+from aesanet.cli.peers import peers
 from aesanet.commands import extra, note
 
 if TYPE_CHECKING:
     from aesanet.benchmarks.latency import Cell
-
+    from aesanet.runtime.scorer import Scorer
 
 _MOST_SECONDS = 100_000  # of audio in a batch; 6 GB of samples
-
-
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    """Positive numbers from text such as 1,8,64."""
-    try:
-        numbers = [float(part) for part in value.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 < number < float("inf") for number in numbers):
-        raise click.BadParameter(f"{value!r}; give positive numbers, such as 1,8,64")
-    return numbers
-
-
-def _whole(batches: Sequence[float]) -> tuple[int, ...]:
-    if any(batch != int(batch) for batch in batches):
-        raise click.UsageError("--batches are whole numbers of clips")
-    return tuple(map(int, batches))
 
 
 def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
@@ -38,12 +23,22 @@ def _cells(batches: Sequence[float], seconds: Sequence[float]) -> "list[Cell]":
     from aesanet.benchmarks.latency import Cell
     from aesanet.lengths import MIN_SAMPLES, SAMPLE_RATE
 
-    clips = _whole(batches)
+    clips = whole_batches(batches)
     if max(clips) * max(seconds) > _MOST_SECONDS:
         raise click.UsageError(f"--batches times --seconds are at most {_MOST_SECONDS:,} s of audio")
     if min(seconds) < MIN_SAMPLES / SAMPLE_RATE:
         raise click.UsageError(f"--seconds must be {MIN_SAMPLES / SAMPLE_RATE} or more, the least that can be scored")
     return [Cell(batch, length) for batch in clips for length in seconds]
+
+
+def _open(bundle: Path, engine: Mapping[str, Any]) -> "tuple[Scorer, dict[str, Any]]":
+    """A bundle on the engine that was asked for, and what rows say of it."""
+    from aesanet.benchmarks.records import provenance
+    from aesanet.runtime.scorer import Scorer
+
+    scorer = Scorer.open(bundle, **engine)
+    note(f"{scorer.backend.name} ({scorer.reason})")
+    return scorer, provenance(scorer, bundle, engine["threads"])
 
 
 @click.group()
@@ -56,8 +51,8 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--batches", callback=_numbers, default="1,4", show_default=True, help="Clips a batch.")
-@click.option("--seconds", callback=_numbers, default="2,10", show_default=True, help="Lengths of clips.")
+@click.option("--batches", callback=positive_numbers, default="1,4", show_default=True, help="Clips a batch.")
+@click.option("--seconds", callback=positive_numbers, default="2,10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=FiniteRange(min=0), default=30.0, show_default=True, help="Seconds a cell may take.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("latency.csv"), show_default=True)
 @engine_options
@@ -72,14 +67,11 @@ def latency(
     """Time batches of BUNDLE's engine, from waveforms in memory to scores: p50, p90, p99 and the longest."""
     with extra("bench"):
         from aesanet.benchmarks.latency import LATENCY_COLUMNS, latency_row, measure_latency
-        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
-    from aesanet.runtime.scorer import Scorer
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks
 
     check_columns(out, LATENCY_COLUMNS)
     cells = _cells(batches, seconds)
-    scorer = Scorer.open(bundle, **engine)
-    note(f"{scorer.backend.name} ({scorer.reason})")
-    where = provenance(scorer, bundle)
+    scorer, where = _open(bundle, engine)
     found = measure_latency(scorer.backend, cells, most)
     where |= clocks() | {"engine": scorer.backend.name}  # which CUDA graphs may have failed meanwhile
     rows = [where | latency_row(cell, times) for cell, times in found.items()]
@@ -96,10 +88,9 @@ def latency(
 
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--batches", callback=_numbers, default="4,64", show_default=True, help="Clips a batch.")
-@click.option("--seconds", callback=_numbers, default="10", show_default=True, help="Lengths of clips.")
+@click.option("--batches", callback=positive_numbers, default="4,64", show_default=True, help="Clips a batch.")
+@click.option("--seconds", callback=positive_numbers, default="10", show_default=True, help="Lengths of clips.")
 @click.option("--most", type=FiniteRange(min=0), default=60.0, show_default=True, help="Seconds a cell may take.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of the processor.  [default: one a core that may be used]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("throughput.csv"), show_default=True)
 @engine_options
 def throughput(
@@ -107,26 +98,25 @@ def throughput(
     batches: list[float],
     seconds: list[float],
     most: float,
-    threads: int | None,
     out: Path,
     **engine: Any,
 ) -> None:
-    """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU)."""
+    """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU).
+
+    Without --threads, engine and peak are measured with one a core that may be used.
+    """
     with extra("bench"):
-        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks
         from aesanet.benchmarks.throughput import THROUGHPUT_COLUMNS, throughput_rows
     from aesanet.gpu import gpu_memory_mib
     from aesanet.machine import usable_cores
-    from aesanet.runtime.scorer import Scorer
 
     check_columns(out, THROUGHPUT_COLUMNS)
     cells = _cells(batches, seconds)
-    threads = threads or usable_cores()
+    engine["threads"] = engine["threads"] or usable_cores()
     gpu_memory_before_mib = gpu_memory_mib()
-    scorer = Scorer.open(bundle, threads=threads, **engine)
-    note(f"{scorer.backend.name} ({scorer.reason})")
-    where = provenance(scorer, bundle)
-    rows = throughput_rows(scorer, cells, most, threads, gpu_memory_before_mib)
+    scorer, where = _open(bundle, engine)
+    rows = throughput_rows(scorer, cells, most, engine["threads"], gpu_memory_before_mib)
     where |= clocks() | {"engine": scorer.backend.name}  # which CUDA graphs may have failed meanwhile
     rows = [where | row for row in rows]
     append_rows(out, THROUGHPUT_COLUMNS, rows)
@@ -150,11 +140,10 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
     """Time a fresh process until its first score: import, open BUNDLE, score one window."""
     with extra("bench"):
         from aesanet.benchmarks.latency import COLD_COLUMNS, measure_cold_start
-        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
-    from aesanet.runtime.scorer import Scorer
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks
 
     check_columns(out, COLD_COLUMNS)
-    where = provenance(Scorer.open(bundle, **engine), bundle)
+    _, where = _open(bundle, engine)
     row = where | measure_cold_start(bundle, engine, repeats) | clocks()
     append_rows(out, COLD_COLUMNS, [row])
     click.echo(
@@ -183,14 +172,11 @@ def end_to_end(
     """Time INPUTS from files to rows with BUNDLE, beside decoding alone and the engine alone; all audio is held."""
     with extra("bench"):
         from aesanet.benchmarks.end_to_end import END_TO_END_COLUMNS, measure_end_to_end
-        from aesanet.benchmarks.records import append_rows, check_columns, clocks, provenance
+        from aesanet.benchmarks.records import append_rows, check_columns, clocks
     from aesanet.runtime.rows.inputs import read_rows
-    from aesanet.runtime.scorer import Scorer
 
     check_columns(out, END_TO_END_COLUMNS)
-    scorer = Scorer.open(bundle, **engine)
-    note(f"{scorer.backend.name} ({scorer.reason})")
-    where = provenance(scorer, bundle)
+    scorer, where = _open(bundle, engine)
     settings = scorer.settings(workers, max_batch_seconds)
     row = where | measure_end_to_end(scorer, list(read_rows(inputs)), settings, rounds) | clocks()
     append_rows(out, END_TO_END_COLUMNS, [row])
@@ -206,104 +192,27 @@ def end_to_end(
 
 
 @bench.command()
-@click.argument("inputs", nargs=-1, type=click.Path())
-@click.option(
-    "--part",
-    type=click.Choice(["files", "waveforms", "encoder"]),
-    default="files",
-    show_default=True,
-    help="Files on disk to scores, waveforms in memory to scores, or the encoder alone (these on 10 s clips).",
-)
-@click.option(
-    "--batches", callback=_numbers, default="4", show_default=True, help="Clips; from files, aesanet has its own."
-)
-@click.option("--clips", type=click.IntRange(min=1), default=16, show_default=True, help="Of 10 s, without INPUTS.")
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
-    help="6 or more give intervals of 95 %.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Of every contestant; by default, as many as cores.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="By default an untrained network of the base size, 90 M."
-)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("peers.csv"), show_default=True)
-def peers(inputs: tuple[str, ...], batches: list[float], threads: int | None, out: Path, **plan: Any) -> None:
-    """Time aesanet's engines beside PyTorch, Polygraphy and audiobox-aesthetics, in turns, on INPUTS or recordings.
-
-    PyTorch runs the same network, eager and compiled, in FP32 (on a GPU only eager) and by autocast. From files, it and
-    audiobox-aesthetics read, resample and score one batch after the other, as scripts do. audiobox-aesthetics is its
-    own package, with random weights of the published sizes, and takes part where it is installed:
-
-        pip install audiobox_aesthetics requests
-    """
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--rows", type=click.IntRange(min=20), default=100_000, show_default=True, help="Of many short files.")
+@click.option("--hours", type=FiniteRange(min=0, min_open=True), default=2.0, show_default=True, help="Of long files.")
+@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("memory.csv"), show_default=True)
+def memory(bundle: Path, rows: int, hours: float, backend: str, out: Path) -> None:
+    """Find the most memory that `aesanet score` takes with BUNDLE: on one clip, hours of audio, many rows."""
     with extra("bench"):
-        from aesanet.benchmarks.peers import PEERS_COLUMNS, Plan, measure_peers
+        from aesanet.benchmarks.memory import MEMORY_COLUMNS, measure_memory
         from aesanet.benchmarks.records import append_rows, check_columns
-    from aesanet.machine import usable_cores
 
-    check_columns(out, PEERS_COLUMNS)
-    asked = Plan(threads=threads or usable_cores(), batches=_whole(batches), **plan)
-    for rows in measure_peers(inputs, asked, note):
-        append_rows(out, PEERS_COLUMNS, rows)
-        _show_peers(rows)
-
-
-def _show_peers(rows: Sequence[Mapping[str, Any]]) -> None:
-    click.echo(
-        f"{rows[0]['part']}: {rows[0]['clips']} clips, {rows[0]['audio_seconds']} s of audio, {rows[0]['threads']} "
-        f"threads, medians of {rows[0]['rounds']} rounds"
-    )
-    click.echo(f"{'':36}batch  seconds         low to high  x real time  x audiobox  x PyTorch")
-    for row in rows:
-        interval = f"{row['seconds_low']:.3f} to {row['seconds_high']:.3f}"
+    check_columns(out, MEMORY_COLUMNS)
+    _, where = _open(bundle, {"backend": backend, "threads": None})
+    found = measure_memory(bundle, rows, hours, ("--backend", backend), note)
+    append_rows(out, MEMORY_COLUMNS, [where | row for row in found])
+    for row in found:
         click.echo(
-            f"{row['contestant'] + ' ' + row['precision']:36}{row['batch']:5}{row['seconds_median']:9.3f}{interval:>20}"
-            f"{row['x_real_time']:13.1f}{row['x_audiobox']:>12}{row['x_pytorch']:>11}"
+            f"{row['case']}: {row['peak_memory_mib']} MiB, {row['above_one_clip_mib']} more than for one clip; "
+            f"{row['audio_seconds']} s of audio in {row['seconds']} s"
         )
 
 
-@bench.command()
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
-def compare(before: Path, after: Path) -> None:
-    """Say how many times as long AFTER's latencies are as BEFORE's, cell by cell, with intervals of 95 %."""
-    with extra("bench"):
-        from aesanet.benchmarks.latency import compare as compared
-
-    for row in compared(before, after):
-        verdict = "slower" if row["low"] > 1 else "faster" if row["high"] < 1 else "no difference shown"
-        click.echo(
-            f"{row['engine']}, {row['weights']}, {row['batch']} x {float(row['clip_seconds']):g} s: "
-            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), {verdict}"
-        )
-
-
-@bench.command()
-@click.argument("results", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--update",
-    "documents",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Write this document's tables anew, each from the CSV that it names.",
-)
-@click.option("--plot", is_flag=True, help="Draw the speeds of each CSV too, as an SVG beside it.")
-def report(results: tuple[Path, ...], documents: tuple[Path, ...], plot: bool) -> None:
-    """Make Markdown tables of RESULTS, CSV files that these commands wrote."""
-    with extra("bench"):
-        from aesanet.benchmarks.plots import plot_speeds
-        from aesanet.benchmarks.report import table, update
-
-    if not results and not documents:
-        raise click.UsageError("give CSV files, or documents to --update")
-    for path in results:
-        click.echo(table(path))
-        if plot:
-            plot_speeds(path, path.with_suffix(".svg"))
-            note(f"{path.with_suffix('.svg')}: written")
-    for document in documents:
-        note(f"{document}: {'written anew' if update(document) else 'as it was'}")
+for command in (peers, compare, report):
+    bench.add_command(command)

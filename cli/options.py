@@ -1,7 +1,7 @@
 """Which engine, and numbers: options that commands share."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -28,8 +28,26 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 PAGE_SUFFIXES = (".html", ".htm")
 
 
+def positive_numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> list[float]:
+    """Positive numbers from text such as 1,8,64."""
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
+        raise click.BadParameter(f"{value!r}; give positive numbers, such as 1,8,64")
+    return numbers
+
+
+def whole_batches(batches: Sequence[float]) -> tuple[int, ...]:
+    """Numbers of clips; raises UsageError."""
+    if any(batch != int(batch) for batch in batches):
+        raise click.UsageError("--batches are whole numbers of clips")
+    return tuple(map(int, batches))
+
+
 def engine_options(command: Command) -> Command:
-    """--backend, --device, --precision, --cuda-graphs and --specialize, as `Scorer.open` takes them."""
+    """--backend, --device, --precision, --threads, --cuda-graphs and --specialize, as `Scorer.open` takes them."""
     for option in (
         click.option(
             "--specialize",
@@ -46,6 +64,7 @@ def engine_options(command: Command) -> Command:
             help="On a GPU, replay a batch's shape that comes again as one CUDA graph, not kernel by kernel.  "
             "[default: where that can be]",
         ),
+        click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]"),
         click.option(
             "--precision",
             type=click.Choice(["auto", "fp32", "fp16", "bf16"]),

@@ -67,7 +67,6 @@ _WORTH = {
 )
 @click.option("--profile", is_flag=True, help="Say at the end where the time went.")
 @engine_options
-@click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]")
 def score(
     bundle: Path,
     inputs: tuple[str, ...],
@@ -82,7 +81,6 @@ def score(
     max_batch_seconds: float | None,
     workers: int | None,
     profile: bool,
-    threads: int | None,
     **engine: Any,
 ) -> None:
     """Score audio with BUNDLE, one output row an input row, in order.
@@ -103,7 +101,7 @@ def score(
     total = count_rows(inputs)
     if total == 0:
         raise InputError(f"no audio in {', '.join(inputs)}")
-    scorer = Scorer.open(bundle, threads=threads, **engine)
+    scorer = Scorer.open(bundle, **engine)
     settings = scorer.settings(workers, max_batch_seconds, ordered=not unordered, embeddings=embeddings)
     note(f"{scorer.backend.name} ({scorer.reason})")
     note(f"batches of up to {settings.batch_seconds:g} s of audio, decoded in {settings.workers} threads")
@@ -113,7 +111,7 @@ def score(
     run = {
         "the graphs": graph_hashes(scorer.manifest, scorer.backend.form),
         "the windows": [scorer.manifest.window.window_seconds, scorer.manifest.window.hop_seconds],
-        "the engine": [scorer.backend.name, scorer.backend.kind, threads],
+        "the engine": [scorer.backend.name, scorer.backend.kind, engine["threads"]],
         "--max-batch-seconds": settings.batch_seconds,
         "--channels": channels,
         "--unordered": unordered,

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from aesanet.axes import AXES
 from aesanet.cli.options import Finite, FiniteRange
 from aesanet.commands import EXIT_INTERRUPTED, extra, note
 from aesanet.errors import InputError
+from aesanet.files import alone_in, sweep
 from aesanet.interrupts import on_interrupt
 from aesanet.words import some
 
@@ -114,9 +115,12 @@ def train(
     training_labels, validation_labels = _labels(labels, validation, validation_share)
     cache = out / "cache" if cache is None else cache
     device = own_device(config.device)
-    with _disk_errors(out), started_processes(device) as processes:
+    with _disk_errors(out), started_processes(device) as processes, ExitStack() as held:
         for place in (out, cache):  # before hours of work
             place.mkdir(parents=True, exist_ok=True)
+        if processes.rank == 0:
+            held.enter_context(alone_in(out))
+            sweep(out, older_seconds=0)
         progress = _progress(processes)
         model = _new_model(beats, config).to(device)
         beats_sha256 = None if unfreeze else file_sha256(beats)

@@ -45,7 +45,7 @@ def file_jobs(
         return Job(of_file, partial(_decoded, clips, channels))
 
     for given in rows:
-        row = given if isinstance(given, Row) else Row(given)
+        row = given if isinstance(given, Row) else _row(given)
         try:
             clip = row.clip()
         except ClipError as error:
@@ -64,6 +64,13 @@ def file_jobs(
         seconds += min(window_seconds, clip.asked_seconds)
     if together:
         yield job()
+
+
+def _row(given: Mapping[str, Any]) -> Row:
+    """A caller's mapping as it is now: he may use it again before its scores are there."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"a row is a {type(given).__name__}; give mappings with a `path`, or paths to `score`")
+    return Row(dict(given))
 
 
 def _decoded(clips: Sequence[Clip], channels: ChannelPolicy) -> Blocks:

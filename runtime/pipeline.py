@@ -159,7 +159,16 @@ class Pipeline(Generic[Row]):
         """Clips that are done, and ends of groups, in the order that the plan gives them."""
         clips: list[_Clip[Row]] = []
         not_ended = 0  # of these
-        for job, (index, found) in self.windows:
+        failure: Exception | None = None
+        heard = iter(self.windows)
+        while True:
+            try:
+                job, (index, found) = next(heard)
+            except StopIteration:
+                break
+            except Exception as error:  # of whoever gives rows, or of a machine that has no more memory
+                failure = error
+                break
             if not not_ended:
                 clips = [_Clip(self._rows + number, row) for number, row in enumerate(job.rows)]
                 not_ended = len(clips)
@@ -176,6 +185,10 @@ class Pipeline(Generic[Row]):
             if not not_ended and self._planner.end_rows(len(clips)):
                 yield from self._end_group()
             yield from self._take()
+        if failure is not None:  # what was before it is lost to nobody, but no group that could be gone on after
+            yield from self._submit(self._planner.end_group())
+            yield from self._take(0)
+            raise failure
         if self._rows > self._grouped:
             yield from self._end_group()
         yield from self._take(0)

@@ -121,6 +121,7 @@ class Scorer:
         embeddings        : keep the mean of the encoder's features, as `embedding`
 
         Rows are taken ahead, and come out in groups: see `OUTPUT_KEYS` for what an output row has beside its own keys.
+        What taking them raises is raised here, after the rows of before.
         """
         pipeline = self.pipeline(
             rows, self.settings(workers, max_batch_seconds, embeddings=embeddings), channels=channels
@@ -139,6 +140,8 @@ class Scorer:
     ) -> Settings:
         """How a pipeline runs on this engine where nothing else is said; raises InputError."""
         window_seconds = self.manifest.window.window_seconds
+        if workers is not None and workers < 0:
+            raise InputError(f"workers is {workers}; it must be the number of threads that decode, or 0 for none")
         if max_batch_seconds is not None and not 0 < max_batch_seconds < math.inf:
             raise InputError(f"max_batch_seconds is {max_batch_seconds}; it must be a positive number of seconds")
         return Settings(

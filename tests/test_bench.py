@@ -15,7 +15,6 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aesanet.benchmarks import memory
 from aesanet.benchmarks.latency import (
     COLD_COLUMNS,
     LATENCY_COLUMNS,
@@ -218,11 +217,14 @@ def test_latencies_are_appended_with_where_they_come_from(tiny_bundle, tmp_path,
     command = ["bench", "latency", tiny_bundle, "--batches", "1,2", "--seconds", "0.5", "--most", "0", "--out", out]
     assert run(*command, "--backend", "onnxruntime") == 0
     assert run(*command, "--backend", "openvino", "--precision", "fp32") == 0
+    assert run(*command, "--backend", "onnxruntime", "--threads", "1") == 0
     rows = rows_of(out)
     assert list(rows[0]) == list(LATENCY_COLUMNS)
     assert [(row["engine"].split()[0], row["batch"]) for row in rows] == [
-        ("onnxruntime", "1"), ("onnxruntime", "2"), ("openvino", "1"), ("openvino", "2")
+        ("onnxruntime", "1"), ("onnxruntime", "2"), ("openvino", "1"), ("openvino", "2"),
+        ("onnxruntime", "1"), ("onnxruntime", "2"),
     ]  # fmt: skip
+    assert [row["threads"] for row in rows] == ["", "", "", "", "1", "1"]
     for row in rows:
         assert row["bundle_sha256"] == file_sha256(tiny_bundle / "bundle.json")[:16]
         assert row["weights"] == "untrained"
@@ -232,7 +234,8 @@ def test_latencies_are_appended_with_where_they_come_from(tiny_bundle, tmp_path,
     assert "p50 ms" in capsys.readouterr().out
     assert run("bench", "compare", out, out) == 0
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 4
+    assert len(told) == 6
+    assert sum(", 1 threads, untrained" in line for line in told) == 2
     assert all(re.search(r": 1\.000 \(\d\.\d+ to \d+\.\d+\), no difference shown$", line) for line in told)
 
 
@@ -512,12 +515,13 @@ def test_files_to_rows_beside_both_halves_alone(tiny_bundle, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_memory_of_a_run_is_its_own(tiny_bundle, tmp_path, monkeypatch):
+def test_memory_of_a_run_is_its_own(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "memory.csv"
     ballast = np.ones(60_000_000)  # 480 MB, which a child does not have
-    arguments = ["memory", str(tiny_bundle), "--rows", "40", "--hours", "0.003", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", arguments)
-    memory.main()
+    assert run("bench", "memory", tiny_bundle, "--rows", "40", "--hours", "0.003", "--out", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert re.fullmatch(r"one clip of 10 s: \d+ MiB, 0 more than for one clip; 10 s of audio in [\d.]+ s", lines[0])
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["rows"]) for row in rows] == [1, 1, 1, 1, 40, 2]

@@ -41,6 +41,23 @@ def test_a_job_is_no_longer_than_a_group():
     assert [len(job.rows) for job in file_jobs(rows[3:], "mean", 10.0, 50.0)] == [5, 4]  # from its own start
 
 
+def test_a_row_is_as_it_was_when_it_was_given():
+    """Whoever gives them may have one mapping for all."""
+    row = {}
+
+    def rows():
+        for row["path"] in "abc":
+            yield row
+
+    assert paths(rows()) == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize("row", ["a.wav", None, 5, ["path"]])
+def test_what_is_no_row_is_told(row):
+    with pytest.raises(TypeError, match="give mappings with a `path`, or paths to `score`"):
+        paths([row])
+
+
 def test_a_row_that_asks_for_no_clip_is_a_job_with_its_error():
     (job,) = file_jobs([{"path": "a", "end_time": 0}], "mean", 10.0, 1e9)
     ((index, error),) = job.decode()

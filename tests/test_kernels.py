@@ -118,7 +118,7 @@ def test_the_files_last_used_are_kept(file, monkeypatch):
     monkeypatch.setattr("aesanet.files._CACHED_FILES", 3)
     timing = CacheFile("timing", {})
     timing.write(b"of another kind")
-    killed, writing = (file.path.with_name(f".kernels-{number}.cache.{number}") for number in (7, 8))
+    killed, writing = (file.path.with_name(f".kernels-{number}.cache.{number:016x}") for number in (7, 8))
     for left in (killed, writing):
         left.touch()
     os.utime(killed, (0, 0))

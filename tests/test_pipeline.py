@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -192,6 +193,24 @@ def test_an_engine_that_fails_ends_the_run_and_its_threads():
     with pytest.raises(RuntimeError, match="the engine"):
         list(pipeline.run())
     assert not any(thread.is_alive() for thread in pipeline.windows._threads)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_that_fail_to_come_lose_none_of_before(workers, ordered):
+    """But end no group: a run that goes on after it makes the same batches as one that never failed."""
+
+    def jobs():
+        for job, _ in jobs_of([[(9_000, False), (20_000, False)]] * 5):
+            yield job
+        raise OSError("the database is gone")
+
+    running = Pipeline(jobs(), Known(), POLICY, Settings(workers, 1e6, ordered=ordered)).run()
+    found = list(islice(running, 10))
+    with pytest.raises(OSError, match="the database is gone"):
+        next(running)
+    assert not any(isinstance(one, GroupEnd) for one in found)
+    assert sorted(row for row, _ in found) == list(range(10))
 
 
 def test_stop_ends_with_whole_rows():

@@ -25,6 +25,7 @@ from aesanet.axes import AXES
 from aesanet.cli.main import cli, main
 from aesanet.cli.train import train as train_command
 from aesanet.errors import AesanetError, CheckpointError, InputError
+from aesanet.files import alone_in
 from aesanet.lengths import SAMPLE_RATE
 from aesanet.metrics import rank_metrics
 from aesanet.models.aesanet import TRUNK_PREFIX
@@ -229,6 +230,17 @@ def test_the_command_trains_the_trunk_too(command, labelled, tmp_path):
     assert model.config.window.window_seconds == 0.3
     started_from = BEATs.from_checkpoint(labelled / "beats.pt")
     assert not torch.equal(model.encoder.beats.layers[0].fc1.weight, started_from.layers[0].fc1.weight)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path):
+    (tmp_path / ".state.pt.0123456789abcdef").write_bytes(b"of a run that was killed")
+    with alone_in(tmp_path):
+        refused = in_process(command, "--out", tmp_path)
+    assert isinstance(refused.exception, InputError)
+    assert str(refused.exception) == f"{tmp_path}: another run is writing it; wait for its end, or give another name"
+    assert in_process(command, "--out", tmp_path, "--epochs", "1").exit_code == 0
+    assert (tmp_path / "best.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_missing_audio_is_one_line_and_status_2(command, labelled, tmp_path, capsys):

@@ -219,6 +219,27 @@ def test_a_finished_run_does_nothing(labelled_clips, labelled, tmp_path):
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("left", [None, 0, 1000])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_best_checkpoint_that_is_gone_is_made_anew_or_told(left, finished, labelled_clips, labelled, tmp_path):
+    """It is as long as its weights are the last; else nobody is told of a checkpoint that is not there."""
+    steps = count(1)
+    config = changed(epochs=2, learning_rate=5e-3)  # every epoch is better than the one before
+    run(labelled, labelled_clips, tmp_path, config=config, stop=lambda: not finished and next(steps) == 9)
+    best = tmp_path / "best.safetensors"
+    content = best.read_bytes()
+    if left is None:
+        best.unlink()
+    else:
+        best.write_bytes(content[:left])
+    if finished:
+        assert run(labelled, labelled_clips, tmp_path, config=config).best_epoch == 2
+        assert best.read_bytes() == content
+        return
+    with pytest.raises(InputError, match=r"best\.safetensors: .*; it was the best, of epoch 1, and .*another --out"):
+        run(labelled, labelled_clips, tmp_path, config=config)
+
+
 def test_another_run_is_not_gone_on_with(labelled_clips, labelled, tmp_path):
     config = changed(epochs=1)
     run(labelled, labelled_clips, tmp_path, config=config)

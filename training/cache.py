@@ -6,6 +6,7 @@ the filterbank, FP32 [frames, 128]. One .npy a window, read by memory map.
 
 import hashlib
 import io
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from aesanet.errors import InputError
-from aesanet.files import replacing
+from aesanet.files import LEFT_OVER_SECONDS, replacing, sweep
 from aesanet.lengths import MEL_BINS, MIN_SAMPLES, WindowPolicy, num_frames, num_tokens
 from aesanet.models.aesanet import AESANet
 from aesanet.models.config import BEATsConfig
@@ -78,6 +79,7 @@ def cached_data(
     key = hashlib.sha256(f"{FORMAT} {trunk} {weights} {policy.window_samples}".encode()).hexdigest()[:16]
     folder = cache / key
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, LEFT_OVER_SECONDS)  # other runs may be filling it
     windows = tuple(
         tuple(
             Window(folder / f"{clip.sha256}-{index}.npy", length)
@@ -99,8 +101,11 @@ def cached_data(
 
 
 def _is_whole(window: Window, trunk: Trunk, beats: BEATsConfig) -> bool:
+    """Also its beginning: a machine that lost its power may leave a file of the right length full of zeros."""
     try:
-        return window.file.stat().st_size == window_bytes(trunk, beats, window.num_samples)
+        with open(window.file, "rb") as file:
+            begins = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+            return begins and os.fstat(file.fileno()).st_size == window_bytes(trunk, beats, window.num_samples)
     except OSError:
         return False
 

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 
 from aesanet.errors import ClipError, InputError
@@ -186,6 +187,13 @@ def _measure(file: str) -> int:
     return num_samples
 
 
+class _Length(msgspec.Struct):
+    """One line of `lengths.jsonl`."""
+
+    sha256: str
+    num_samples: Annotated[int, msgspec.Meta(ge=MIN_SAMPLES)]
+
+
 class _Lengths:
     """`lengths.jsonl`: decoded samples by the sha256 of the file's bytes.
 
@@ -197,17 +205,17 @@ class _Lengths:
         self.path = cache / "lengths.jsonl"
         self.known: dict[str, int] = {}
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_bytes().splitlines():
                 try:
-                    row = json.loads(line)
-                    self.known[row["sha256"]] = row["num_samples"]
-                except (ValueError, KeyError, TypeError):
+                    length = msgspec.json.decode(line, type=_Length)
+                except (msgspec.DecodeError, UnicodeDecodeError):
                     continue  # torn by a kill; it is measured again
+                self.known[length.sha256] = length.num_samples
 
     def add(self, sha256: str, num_samples: int) -> None:
         """Keep one more, in the file too."""
         self.known[sha256] = num_samples
-        row = {"sha256": sha256, "num_samples": num_samples}
-        with naming(self.path), open(self.path, "a") as file:
+        line = msgspec.json.encode(_Length(sha256, num_samples))
+        with naming(self.path), open(self.path, "ab") as file:
             # A line of its own even after one that was torn.
-            file.write("\n" * (file.tell() > 0) + json.dumps(row))
+            file.write(b"\n" * (file.tell() > 0) + line)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from aesanet.errors import TrainingError
+from aesanet.errors import CheckpointError, InputError, TrainingError
 from aesanet.files import replacing
 from aesanet.hashing import file_sha256
 from aesanet.models.aesanet import TRUNK_PREFIX, AESANet
-from aesanet.models.checkpoint import save_checkpoint
+from aesanet.models.checkpoint import read_config, save_checkpoint
 from aesanet.models.config import Calibration
 from aesanet.training.background import ahead
 from aesanet.training.batches import Part, load_batch, training_batches
@@ -268,6 +268,8 @@ class _Run:
         if self.processes.rank == 0:
             with replacing(self.out / BEST_NAME) as beside:
                 save_checkpoint(self.model, beside, self.beats_sha256)
+                with open(beside, "rb") as file:
+                    os.fsync(file.fileno())  # as the state is: it cannot be made again
 
     def _resume(self) -> None:
         if (found := load_state(self.out, self.identity)) is None:
@@ -276,14 +278,27 @@ class _Run:
         self.model.load_state_dict(tensors["model"], strict=False)  # a frozen trunk is not in it
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.buffer.load_state_dict(tensors["buffer"], self.device)
-        best = self.out / BEST_NAME
-        behind = not best.exists() or best.stat().st_mtime_ns < (self.out / STATE_NAME).stat().st_mtime_ns
-        if behind and self.position.batch == 0 and 0 < self.position.best_epoch == self.position.epoch - 1:
-            self._save_best()
+        self._check_best()
         if not self.position.finished:
             self.progress.note(f"{self.out}: going on in epoch {self.position.epoch}, step {self.position.step}")
             if self.position.rows and self.processes.rank == 0:
                 write_epochs(self.position.rows, self.out)
+
+    def _check_best(self) -> None:
+        """Make up for a best checkpoint that is behind or damaged, while its weights are the last; or InputError."""
+        best, damage = self.out / BEST_NAME, None
+        try:
+            read_config(best)  # and all that a file says of its own tensors
+        except CheckpointError as error:
+            damage = error
+        if self.position.batch == 0 and 0 < self.position.best_epoch == self.position.epoch - 1:
+            if damage or best.stat().st_mtime_ns < (self.out / STATE_NAME).stat().st_mtime_ns:
+                self._save_best()
+        elif damage and self.position.best_epoch:
+            raise InputError(
+                f"{damage}; it was the best, of epoch {self.position.best_epoch}, and only the last weights are kept "
+                "beside it: put it back, or train anew with another --out"
+            )
 
     def _write_start(self, sources: Sequence[str | Path]) -> None:
         if self.processes.rank > 0:

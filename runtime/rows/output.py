@@ -17,13 +17,8 @@ from typing import Any, BinaryIO, Final
 import msgspec
 
 from aesanet.errors import InputError
-from aesanet.files import replacing
+from aesanet.files import lock, replacing
 from aesanet.runtime.rows.row import Row, own_keys, row_line
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one file are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 _FORMAT: Final = 1
 
@@ -73,14 +68,9 @@ class RowFile:
         self._run = json.loads(json.dumps(run))
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.close()
-                raise InputError(f"{self.name}: another run is writing it") from None
-            except OSError:  # a file system without locks
-                pass
+        if not lock(self._file.fileno()):
+            self._file.close()
+            raise InputError(f"{self.name}: another run is writing it")
 
     def begin(self) -> None:
         """Start anew: what was in the file is gone."""
