@@ -33,8 +33,10 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def check_not_read(path: Path, read: Iterable[str | Path]) -> None:
-    """Raise InputError where a file that is to be written is one of those that are read."""
+def check_output(path: Path, read: Iterable[str | Path]) -> None:
+    """Raise InputError where a file that is to be written is one of those that are read, or its folder is not there."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it, or give another name")
     if path.exists() and any(os.path.exists(name) and os.path.samefile(name, path) for name in read):
         raise InputError(f"{path}: is one of the inputs; give another name for what is written")
 

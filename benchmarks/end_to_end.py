@@ -56,10 +56,12 @@ def measure_end_to_end(scorer: Scorer, rows: Sequence[Row], settings: Settings, 
     """
     recorder = _Recorder(scorer.backend)
     first = Scorer(scorer.manifest, recorder).pipeline(rows, settings)
-    outcomes = [found[1] for found in first.run() if not isinstance(found, GroupEnd)]
+    found = [one for one in first.run() if not isinstance(one, GroupEnd)]
+    outcomes = [outcome for _, outcome in found]
     scored = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
     if not scored:
-        raise InputError("no row can be scored")
+        why = f"the first, {found[0][0].given.get('path')}: {outcomes[0]}" if found else "there are none"
+        raise InputError(f"no row can be scored; {why}")
 
     spent: list[Mapping[str, float]] = []
     halves: dict[str, list[float]] = {"decoding": [], "engine": [], "end_to_end": []}

@@ -145,7 +145,7 @@ def compare(before: Path, after: Path) -> list[dict[str, Any]]:
         found.append({(*(row[name] for name in KEY), row.get("threads", "")): row for row in rows})
     first, second = found
     if not (shared := [key for key in first if key in second]):
-        raise InputError(f"{before} and {after} have no engine, weights, batch and clip length in common")
+        raise InputError(f"{before} and {after} have no engine, weights, threads, batch and clip length in common")
     return [
         {
             **dict(zip((*KEY, "threads"), key, strict=True)),

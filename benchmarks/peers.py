@@ -22,12 +22,12 @@ import torch
 from aesanet.benchmarks import polygraphy
 from aesanet.benchmarks.audiobox import INSTALL, is_installed, open_audiobox
 from aesanet.benchmarks.contestants import Alone, Contestant, Part, Work, open_aesanet, open_pytorch
-from aesanet.benchmarks.latency import median_interval
+from aesanet.benchmarks.latency import WARM_UPS, median_interval
 from aesanet.benchmarks.records import CLOCKS, MACHINE, clocks, machine
 from aesanet.errors import BackendError, ClipError, InputError
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle
-from aesanet.export.engine import Settings
+from aesanet.export.engine import BuildSettings
 from aesanet.export.profiles import default_profiles
 from aesanet.gpu import cuda_gpu, load_cuda
 from aesanet.hashing import file_sha256
@@ -101,8 +101,7 @@ def _measure(plan: Plan, work: Work, lengths: Sequence[float], note: Notes) -> l
     contestants = list(_contestants(plan, note))
     with ExitStack() as processes:
         entered = _enter(contestants, work, processes, note)
-        # TensorRT captures a CUDA graph at the second run of a shape in each of its three slots.
-        warm_ups = 9 if any("tensorrt" in told for told in entered) else 3
+        warm_ups = WARM_UPS if any("tensorrt" in told for told in entered) else 3
         seen = take_turns({told: alone.run for told, alone in entered.items()}, warm_ups, plan.rounds, note)
         if not seen:
             raise BackendError("no contestant could do the work")
@@ -250,7 +249,7 @@ def _prepare(plan: Plan, files: Sequence[str], folder: Path, note: Notes) -> Wor
     export_bundle(checkpoint, bundle, half_on=recordings, progress=note)
     if on_gpu and supported_backends()["tensorrt"].runs:
         profiles = default_profiles(CLIP_SECONDS, int(cuda_gpu(load_cuda()).memory))
-        compile_bundle(bundle, choose_flavour("auto"), Settings(profiles), progress=note)
+        compile_bundle(bundle, choose_flavour("auto"), BuildSettings(profiles), progress=note)
     model = load_checkpoint(checkpoint)
     length = round(CLIP_SECONDS * SAMPLE_RATE)
     waveform = np.stack([np.resize(clips[number % len(clips)], length) for number in range(largest)])

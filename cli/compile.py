@@ -124,7 +124,7 @@ def compile(
     from aesanet.bundle import read_manifest
     from aesanet.engines import load_library, runs_on
     from aesanet.export.compile import compile_bundle, prune_engines
-    from aesanet.export.engine import Settings
+    from aesanet.export.engine import BuildSettings
 
     library, capabilities = asked_for(flavour, capability)
     gpu = None if capabilities else _gpu_here()
@@ -132,7 +132,7 @@ def compile(
     chosen = profiles_of(profiles, read_manifest(bundle).window, memory_mib)
     if library == "rtx" and gpu is not None and not runs_on(load_library(library), gpu):
         note(f"TensorRT-RTX does not run on {gpu}: this engine is for other GPUs; TensorRT is for this one")
-    settings = Settings(profiles=chosen, capabilities=capabilities, level=level, workspace=workspace)
+    settings = BuildSettings(profiles=chosen, capabilities=capabilities, level=level, workspace_gib=workspace)
     engine, built = compile_bundle(bundle, library, settings, progress=note)
     click.echo(f"{bundle}/engines/{engine.key}: {'built' if built else 'was there'}")
     for name, value in engine.parts.items():

@@ -9,7 +9,7 @@ import click
 from aesanet.axes import AXES
 from aesanet.commands import extra, note
 from aesanet.errors import InputError
-from aesanet.files import check_not_read
+from aesanet.files import check_output
 
 if TYPE_CHECKING:
     from aesanet.training.evaluation import Evaluation, Metric
@@ -62,7 +62,7 @@ def evaluate(
         raise InputError(f"{plot}: a plot is {' or '.join(PLOT_SUFFIXES)}")
     for out in (json_file, plot):
         if out is not None:
-            check_not_read(out, [*labels, scores])
+            check_output(out, [*labels, scores])
     pairs = _join(labels, scores, allow_missing)
     evaluation = evaluate_pairs(pairs, resamples)
     _print_table(evaluation)
@@ -92,7 +92,7 @@ def calibrate(checkpoint: Path, labels: tuple[Path, ...], scores: Path, allow_mi
 
         from aesanet.training.calibration import apply_calibration, calibrate_checkpoint, fit_calibration
 
-    check_not_read(out, [*labels, scores])
+    check_output(out, [*labels, scores])
     pairs = _join(labels, scores, allow_missing, None)  # a torn file is a part of a run, and no fit to it is one to all
     calibration = fit_calibration(pairs.true, pairs.scores)
     calibrate_checkpoint(checkpoint, out, calibration)

@@ -1,6 +1,8 @@
 """`aesanet report`: many scores as one page, and their main figures as text."""
 
 import sys
+from itertools import combinations
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,8 +92,9 @@ def _print(summary: "Summary", num_files: int) -> None:
         for name, values in quantile_rows(summary):
             click.echo(f"{name:8}" + "".join(f"{value:9.3f}" for value in values))
         for name, found in (("SRCC", summary.srcc), ("Pearson", summary.pearson)):
-            told = (f"{a}-{b} {found[i, j]:.3f}" for i, a in enumerate(AXES) for j, b in enumerate(AXES) if i < j)
-            click.echo(f"{name:9}" + "  ".join(told))
+            pairs = list(combinations(range(len(AXES)), 2))
+            told = (f"{AXES[i]}-{AXES[j]} {found[i, j]:.3f}" for i, j in pairs if not isnan(found[i, j]))
+            click.echo(f"{name:9}" + ("  ".join(told) or "of no two axes, as none varies"))
     for code, count in summary.errors.most_common():
         what = printable(f"{code}: {clip_name(summary.error_examples[code][0])}")
         what = what.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TextIO
 
 from aesanet.axes import AXES
 from aesanet.errors import InputError
-from aesanet.files import check_not_read
+from aesanet.files import check_output
 from aesanet.runtime.rows.inputs import PARQUET_SUFFIX
 from aesanet.runtime.rows.output import RowFile, State, Tally, read_state
 from aesanet.runtime.rows.results import LONG_KEYS
@@ -143,7 +143,7 @@ def check_out(out: Path | None, overwrite: bool, resume: bool, inputs: tuple[str
         raise InputError(f"{out}: no name of a file; give --out one, such as scores.jsonl")
     if out.suffix.lower() in (".csv", ".tsv"):
         raise InputError(f"{out}: rows are written as JSON lines, or as .parquet; give --out such a name")
-    check_not_read(out, inputs)
+    check_output(out, inputs)
     if overwrite or resume:
         return
     state = read_state(out)

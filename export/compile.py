@@ -27,7 +27,7 @@ from aesanet.engines import (
     short_key,
 )
 from aesanet.errors import BackendError, BundleError, CompileError
-from aesanet.export.engine import RECIPE, BuiltPlan, Settings, build_plan, check_capabilities, workspace_bytes
+from aesanet.export.engine import RECIPE, BuildSettings, BuiltPlan, build_plan, check_capabilities, workspace_bytes
 from aesanet.export.timing import TimingCache
 from aesanet.export.writer import change_manifest, changing, write_manifest
 from aesanet.files import LEFT_OVER_SECONDS
@@ -51,7 +51,7 @@ def choose_flavour(asked: Literal["auto"] | Flavour) -> Flavour:
 def compile_bundle(
     bundle: str | Path,
     flavour: Flavour,
-    settings: Settings,
+    settings: BuildSettings,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Engine, bool]:
     """Build the FP16 engine of a bundle, or find it there by its key; says whether it was built.
@@ -75,7 +75,7 @@ def compile_bundle(
         "profiles": "; ".join(map(str, settings.profiles)),
         "TF32": tf32_graph or "no graph",
         "level": "the library's own" if settings.level is None else str(settings.level),
-        "workspace": "all" if settings.workspace is None else f"{workspace_bytes(settings.workspace)} bytes",
+        "workspace": "all" if settings.workspace_gib is None else f"{workspace_bytes(settings.workspace_gib)} bytes",
     }
     key = parts_sha256(parts)
     if key in manifest.engines:

@@ -26,19 +26,19 @@ RECIPE: Final = 2
 _SECONDS_BETWEEN_NEWS: Final = 5.0
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan depends on beside its graph.
 
-    capabilities : of the GPUs to build for, such as "8.9", each one of `known_capabilities`; empty for those that the
-                   library builds for by itself
-    level        : how long the builder searches, 0 to 5, or None for its own choice
-    workspace    : GiB that a kernel may use, or None for all there is
+    capabilities  : of the GPUs to build for, such as "8.9", each one of `known_capabilities`; empty for those that the
+                    library builds for by itself
+    level         : how long the builder searches, 0 to 5, or None for its own choice
+    workspace_gib : that a kernel may use, or None for all there is
     """
 
     profiles: tuple[Profile, ...]
     capabilities: tuple[str, ...] = ()
     level: int | None = None
-    workspace: float | None = None
+    workspace_gib: float | None = None
 
 
 class BuiltPlan(msgspec.Struct, frozen=True):
@@ -59,7 +59,7 @@ def build_plan(
     trt: Any,
     path: Path,
     spec: GraphSpec,
-    settings: Settings,
+    settings: BuildSettings,
     tf32: bool,
     log: list[str],
     progress: Callable[[str], None] = lambda step: None,
@@ -90,8 +90,8 @@ def build_plan(
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.level is not None:
         config.builder_optimization_level = settings.level
-    if settings.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(settings.workspace))
+    if settings.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes(settings.workspace_gib))
     for profile in settings.profiles:
         shapes = builder.create_optimization_profile()
         for given in spec.inputs:

@@ -13,7 +13,7 @@ from torch_engines import TorchTensorRT
 from aesanet.bundle import GRAPH_NAMES
 from aesanet.engines import ENGINES_FOLDER, load_library
 from aesanet.export.compile import choose_flavour, compile_bundle
-from aesanet.export.engine import Settings
+from aesanet.export.engine import BuildSettings
 from aesanet.export.profiles import make_profiles
 from aesanet.gpu import cuda_call, load_cuda, load_driver
 from aesanet.padding import pad_batch
@@ -105,7 +105,7 @@ class Real:
 
     def __init__(self, bundle, model):
         self.bundle = bundle
-        self.engine, _ = compile_bundle(bundle, choose_flavour("auto"), Settings(PROFILES))
+        self.engine, _ = compile_bundle(bundle, choose_flavour("auto"), BuildSettings(PROFILES))
 
     def open(self, seed=0, capacity=None, **options):
         self.cuda = Watched(load_cuda(), capacity)

@@ -296,7 +296,7 @@ def test_a_process_that_ends_without_a_word_is_told(tiny_bundle, monkeypatch):
 def latency_csv(path, **changed):
     """One row for each engine, of a p50 of 10 ms between 9 and 11."""
     row = dict.fromkeys(LATENCY_COLUMNS, "x") | {
-        "engine": "a", "weights": "demo", "batch": "1", "clip_seconds": "10.0",
+        "engine": "a", "threads": "", "weights": "demo", "batch": "1", "clip_seconds": "10.0",
         "milliseconds_p50": "10", "p50_low": "9", "p50_high": "11",
     }  # fmt: skip
     with open(path, "w", newline="") as file:
@@ -320,10 +320,22 @@ def test_files_are_compared_cell_by_cell(tmp_path, capsys, after, told):
     assert capsys.readouterr().out == f"a, demo, 1 x 10 s: {told}\n"
 
 
+def test_a_file_that_tells_no_threads_is_of_the_engines_own(tmp_path, capsys):
+    """As aesanet wrote it before."""
+    before = latency_csv(tmp_path / "before.csv")
+    header, row = csv.reader(before.read_text().splitlines())
+    place = header.index("threads")
+    before.write_text("\n".join(",".join(cells[:place] + cells[place + 1 :]) for cells in (header, row)) + "\n")
+    assert run("bench", "compare", before, latency_csv(tmp_path / "after.csv")) == 0
+    assert capsys.readouterr().out.startswith("a, demo, 1 x 10 s: 1.000 ")
+    assert run("bench", "compare", before, latency_csv(tmp_path / "two.csv", threads="2")) == 2
+
+
 @pytest.mark.parametrize(
     ("after", "told"),
     [
-        ({"engine": "b"}, "have no engine, weights, batch and clip length in common"),
+        ({"engine": "b"}, "have no engine, weights, threads, batch and clip length in common"),
+        ({"threads": "2"}, "have no engine, weights, threads, batch and clip length in common"),
         ({"p50_low": ""}, "p50_low is ''; it must be a time in milliseconds"),
         ({"p50_low": "-1"}, "p50_low is '-1'; it must be a time in milliseconds"),
     ],
@@ -511,7 +523,7 @@ def test_files_to_rows_beside_both_halves_alone(tiny_bundle, tmp_path, capsys):
     shares = [float(row[f"{part}_share"]) for part in ("engine", "waiting", "decoders")]
     assert all(0 <= share <= 1 for share in shares)
     assert run("bench", "end-to-end", tiny_bundle, tmp_path / "audio" / "broken.mp3", "--out", out) == 2
-    assert "no row can be scored" in capsys.readouterr().err
+    assert "no row can be scored; the first, " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_out_is_a_file_that_is_not_replaced_by_chance(tiny_bundle, audio, tmp_pa
     assert out.read_text() == first
     aesanet("score", tiny_bundle, audio / "b.flac", "--out", out, "--overwrite")
     assert rows_of(out.read_text())[0]["path"].endswith("b.flac")
-    assert "No such file" in aesanet("score", tiny_bundle, audio, "--out", tmp_path / "no" / "x", status=2)[1]
+    assert "there is no folder " in aesanet("score", tiny_bundle, audio, "--out", tmp_path / "no" / "x", status=2)[1]
 
 
 def test_the_table_is_for_people(tiny_bundle, audio):

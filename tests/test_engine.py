@@ -36,7 +36,7 @@ from aesanet.errors import BackendError, BundleError, CompileError
 from aesanet.export import half as half_room
 from aesanet.export.build import export_bundle
 from aesanet.export.compile import choose_flavour, compile_bundle, prune_engines
-from aesanet.export.engine import Settings, build_plan
+from aesanet.export.engine import BuildSettings, build_plan
 from aesanet.export.profiles import make_profiles
 from aesanet.export.writer import new_bundle, write_manifest
 from aesanet.gpu import Gpu
@@ -46,10 +46,10 @@ from aesanet.runtime.backends import supported_backends
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has packages for x86-64 only")
 
 
-SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
+SMALL = BuildSettings(profiles=make_profiles([(1.0, 2)]))
 
 
-SMALL_TWO = Settings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
+SMALL_TWO = BuildSettings(profiles=make_profiles([(1.0, 2), (4.0, 3)]))
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
     assert said == []
     for settings, part in (
         (SMALL, "profiles"),
-        (Settings(SMALL.profiles, capabilities=("8.9",)), "GPU"),
-        (Settings(SMALL.profiles, capabilities=("8.9",), level=1), "level"),
-        (Settings(SMALL.profiles, capabilities=("8.9",), level=1, workspace=2.0), "workspace"),
+        (BuildSettings(SMALL.profiles, capabilities=("8.9",)), "GPU"),
+        (BuildSettings(SMALL.profiles, capabilities=("8.9",), level=1), "level"),
+        (BuildSettings(SMALL.profiles, capabilities=("8.9",), level=1, workspace_gib=2.0), "workspace"),
     ):
         said.clear()
         other, built = compile_bundle(bundle, "rtx", settings, said.append)
@@ -105,7 +105,7 @@ def test_a_bundle_is_compiled_once_and_known_by_all_its_parts(bundle, tmp_path):
     (bundle / "engines" / engine.key / "engine.json").write_text("{")
     said.clear()
     compile_bundle(
-        bundle, "rtx", Settings(SMALL_TWO.profiles, capabilities=("8.9",), level=1, workspace=2.0), said.append
+        bundle, "rtx", BuildSettings(SMALL_TWO.profiles, capabilities=("8.9",), level=1, workspace_gib=2.0), said.append
     )
     assert said[0] == "another engine than the last is needed: profiles changed"
 
@@ -329,7 +329,7 @@ def test_tf32_is_allowed_where_it_is_exact_and_nowhere_else(tiny_checkpoint, cli
 def test_capabilities_are_the_librarys(trt, bundle):
     assert {"8.0", "8.9", "12.0"} <= known_capabilities(trt).keys()
     with pytest.raises(CompileError, match=r"compute capability 9\.0: tensorrt_rtx [\d.]+ builds for 8\.0, 8\.6"):
-        compile_bundle(bundle, "rtx", Settings(SMALL.profiles, capabilities=("8.9", "9.0")))
+        compile_bundle(bundle, "rtx", BuildSettings(SMALL.profiles, capabilities=("8.9", "9.0")))
     assert read_manifest(bundle).engines == {}
     assert not (bundle / "engines").exists()
 
@@ -351,7 +351,7 @@ def progress(news):
 interrupt_on_sigterm()
 number = signal.Signals[sys.argv[2]]
 try:
-    compile_bundle(sys.argv[1], "rtx", engine.Settings(make_profiles([(1.0, 2)])), progress)
+    compile_bundle(sys.argv[1], "rtx", engine.BuildSettings(make_profiles([(1.0, 2)])), progress)
 except KeyboardInterrupt:
     assert signal.getsignal(number) is signal.default_int_handler
     sys.exit(130)

@@ -407,7 +407,15 @@ def test_calibrate_writes_a_checkpoint_and_prints_its_lines(files, tiny_checkpoi
         (["evaluate", "--labels", "LABELS", "--scores", "SCORES", "--plot", "a.gif"], "a.gif: a plot is .png or .svg"),
         (
             ["evaluate", "--labels", "LABELS", "--scores", "SCORES", "--resamples", "1", "--json", "no/a"],
-            "no/a: No such file",
+            "no/a: there is no folder no; make it, or give another name",
+        ),
+        (
+            ["evaluate", "--labels", "LABELS", "--scores", "SCORES", "--resamples", "1", "--plot", "no/a.png"],
+            "no/a.png: there is no folder no;",
+        ),
+        (
+            ["calibrate", "a.pt", "--labels", "LABELS", "--scores", "SCORES", "--out", "no/a.safetensors"],
+            "no/a.safetensors: there is no folder no;",
         ),
         (["evaluate", "--scores", "SCORES"], "Missing option '--labels'"),
         (

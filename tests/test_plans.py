@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from aesanet.bundle import GRAPH_NAMES, HALF_GRAPH_NAMES, read_manifest, signature
 from aesanet.errors import CompileError
 from aesanet.export import engine as engine_room
-from aesanet.export.engine import Settings, build_plan, layer_types, parse
+from aesanet.export.engine import BuildSettings, build_plan, layer_types, parse
 from aesanet.export.graph import export_graph, write_graph
 from aesanet.export.half import add_half
 from aesanet.export.precision import to_half
@@ -22,7 +22,7 @@ from aesanet.export.timing import TimingCache
 from aesanet.models.config import AESANetConfig
 from aesanet.models.untrained import untrained_model
 
-SMALL = Settings(profiles=make_profiles([(1.0, 2)]))
+SMALL = BuildSettings(profiles=make_profiles([(1.0, 2)]))
 ISLANDS = {"NORMALIZATION", "SOFTMAX", "REDUCE", "LOOP_OUTPUT"}
 
 
@@ -109,7 +109,7 @@ def test_every_tensor_of_the_demo_is_of_the_type_and_shape_that_onnx_gives_it(tr
 @pytest.mark.parametrize("name", GRAPH_NAMES)
 def test_the_demo_compiles_for_three_gpus_and_all_profiles(trt, demo_graphs, name):
     folder, specs = demo_graphs
-    settings = Settings(default_profiles(6.0), capabilities=("8.0", "8.9", "12.0"))
+    settings = BuildSettings(default_profiles(6.0), capabilities=("8.0", "8.9", "12.0"))
     built = build_plan(trt, folder / specs[name].file, specs[name], settings, False, [])
     assert len(built.plan) > 10_000
     assert len(built.activation_bytes) == 3  # of profiles
@@ -166,7 +166,7 @@ def test_a_loud_checkpoint_of_base_size_keeps_its_scores_and_compiles(trt, clips
         f"logits in {half.logits}, features {half.features_relative:.1e}, scores {half.scores_max_abs:.1e}"
     )
     assert half.logits["encoder"] == "fp32"
-    settings = Settings(default_profiles(10.0), capabilities=("8.0", "8.9", "12.0"))
+    settings = BuildSettings(default_profiles(10.0), capabilities=("8.0", "8.9", "12.0"))
     for name, spec in {**graphs, **half.graphs}.items():
         built = build_plan(trt, tmp_path / spec.file, spec, settings, name == "encoder", [])
         measured[f"base size, {name}, RTX"] = (

@@ -325,7 +325,7 @@ def test_what_cannot_be_chosen_says_what_can(tiny_bundle, choice, told):
 
 def test_fewer_threads_than_none_are_refused(tiny_bundle):
     with pytest.raises(InputError, match="workers is -1; it must be"):
-        Scorer.open(tiny_bundle).score([], workers=-1)
+        next(Scorer.open(tiny_bundle).stream([], workers=-1))
 
 
 def test_channels_that_cannot_be_chosen_are_refused_before_anything_is_read(tiny_bundle):

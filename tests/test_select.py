@@ -190,8 +190,8 @@ def test_standard_input_and_a_reader_that_goes_away(rows, tmp_path):
         (["--out", "kept.txt"], "kept.txt: a manifest is one of .jsonl"),
         (["--out", "s.jsonl", "--overwrite"], "is one of the inputs"),
         (["--out", "there.jsonl"], "exists; give --overwrite"),
-        (["--out", "no/kept.jsonl"], "kept.jsonl: No such file"),
-        (["--out", "no/kept.parquet"], "kept.parquet: No such file"),
+        (["--out", "no/kept.jsonl"], "kept.jsonl: there is no folder no"),
+        (["--out", "no/kept.parquet"], "kept.parquet: there is no folder no"),
         (["none.jsonl"], "none.jsonl: no such file"),
     ],
 )
