@@ -8,7 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class CudaDevice:
 
     def _unpin(self, address: int) -> None:
         """In whichever thread an array's last user lets it go."""
-        with self.current():
+        with suppress(BackendError), self.current():
             self._cuda.cudaFreeHost(address)
 
     def stream(self) -> Any:
