@@ -55,31 +55,37 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(descriptor: int) -> bool:
-    """Lock a file or folder for this process until the descriptor is closed; false where another has it.
+    """Lock a file or folder for this process until the descriptor is closed; raises BlockingIOError where another has.
 
-    True, too, where the system or the file system has no locks.
+    False where the system or the file system has no locks.
     """
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
     return True
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """While this lasts, no other process is in this with the same folder; raises InputError where one is."""
+def alone_in(folder: Path) -> Iterator[bool]:
+    """While this lasts, no other process is in this with the same folder; raises InputError where one is.
+
+    Yields whether that is so: not where there are no locks.
+    """
     if fcntl is None:  # as folders cannot be opened there
-        yield
+        yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not lock(descriptor):
-            raise InputError(f"{folder}: another run is writing it; wait for its end, or give another name")
-        yield
+        try:
+            locked = lock(descriptor)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is writing it; wait for its end, or give another name") from None
+        yield locked
     finally:
         os.close(descriptor)
 
@@ -90,7 +96,7 @@ def sweep(folder: Path, older_seconds: float, names: str = "*") -> None:
     names : of the files that were to be replaced, as a glob
     """
     for file in folder.glob(f".{names}.{'[0-9a-f]' * 16}"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # what is another's, or gone, is let be
             if time.time() - file.stat().st_mtime >= older_seconds:
                 file.unlink()
 

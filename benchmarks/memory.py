@@ -72,7 +72,9 @@ def _run(bundle: Path, source: Path, engine: Sequence[str]) -> tuple[float, int]
         command = [*_COMMAND, str(bundle), str(source), *out, *engine]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise BackendError(f"`aesanet score {bundle} {source.name}` failed: {done.stderr.strip().splitlines()[-1]}")
+            told = done.stderr.strip().splitlines()[-1:]
+            ended = f"ended with status {done.returncode}"
+            raise BackendError(f"`aesanet score {bundle} {source.name}` {': '.join([ended, *told])}")
         return time.perf_counter() - began, round(int(done.stdout) / 1024)
 
 

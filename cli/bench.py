@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aesanet.cli.measurements import compare, report
-from aesanet.cli.options import BACKENDS, FiniteRange, engine_options, positive_numbers, whole_batches
+from aesanet.cli.options import FiniteRange, engine_arguments, engine_options, positive_numbers, whole_batches
 from aesanet.cli.peers import peers
 from aesanet.commands import extra, note
 
@@ -103,7 +103,7 @@ def throughput(
 ) -> None:
     """Count the audio a second that BUNDLE's engine scores from memory, and its share of the device's peak (MFU).
 
-    Without --threads, engine and peak are measured with one a core that may be used.
+    Without --threads, here engine and peak are measured with one a core that may be used.
     """
     with extra("bench"):
         from aesanet.benchmarks.records import append_rows, check_columns, clocks
@@ -143,7 +143,7 @@ def cold(bundle: Path, repeats: int, out: Path, **engine: Any) -> None:
         from aesanet.benchmarks.records import append_rows, check_columns, clocks
 
     check_columns(out, COLD_COLUMNS)
-    _, where = _open(bundle, engine)
+    where = _open(bundle, engine)[1]  # and no engine beside the fresh ones
     row = where | measure_cold_start(bundle, engine, repeats) | clocks()
     append_rows(out, COLD_COLUMNS, [row])
     click.echo(
@@ -195,17 +195,17 @@ def end_to_end(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--rows", type=click.IntRange(min=20), default=100_000, show_default=True, help="Of many short files.")
 @click.option("--hours", type=FiniteRange(min=0, min_open=True), default=2.0, show_default=True, help="Of long files.")
-@click.option("--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("memory.csv"), show_default=True)
-def memory(bundle: Path, rows: int, hours: float, backend: str, out: Path) -> None:
+@engine_options
+def memory(bundle: Path, rows: int, hours: float, out: Path, **engine: Any) -> None:
     """Find the most memory that `aesanet score` takes with BUNDLE: on one clip, hours of audio, many rows."""
     with extra("bench"):
         from aesanet.benchmarks.memory import MEMORY_COLUMNS, measure_memory
         from aesanet.benchmarks.records import append_rows, check_columns
 
     check_columns(out, MEMORY_COLUMNS)
-    _, where = _open(bundle, {"backend": backend, "threads": None})
-    found = measure_memory(bundle, rows, hours, ("--backend", backend), note)
+    where = _open(bundle, engine)[1]  # and no engine beside those that are measured
+    found = measure_memory(bundle, rows, hours, engine_arguments(engine), note)
     append_rows(out, MEMORY_COLUMNS, [where | row for row in found])
     for row in found:
         click.echo(

@@ -1,7 +1,7 @@
 """Which engine, and numbers: options that commands share."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -64,7 +64,7 @@ def engine_options(command: Command) -> Command:
             help="On a GPU, replay a batch's shape that comes again as one CUDA graph, not kernel by kernel.  "
             "[default: where that can be]",
         ),
-        click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: the engine's own]"),
+        click.option("--threads", type=click.IntRange(min=1), help="Of the engine.  [default: its own choice]"),
         click.option(
             "--precision",
             type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
@@ -77,3 +77,10 @@ def engine_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def engine_arguments(engine: Mapping[str, Any]) -> list[str]:
+    """What `engine_options` were given, as another process is given them."""
+    given = [f"--{name}={value}" for name, value in engine.items() if name != "cuda_graphs" and value is not None]
+    graphs = {True: ["--cuda-graphs"], False: ["--no-cuda-graphs"], "try": []}
+    return given + graphs[engine["cuda_graphs"]]

@@ -15,7 +15,7 @@ from aesanet.axes import AXES
 from aesanet.cli.options import Finite, FiniteRange
 from aesanet.commands import EXIT_INTERRUPTED, extra, note
 from aesanet.errors import InputError
-from aesanet.files import alone_in, sweep
+from aesanet.files import LEFT_OVER_SECONDS, alone_in, sweep
 from aesanet.interrupts import on_interrupt
 from aesanet.words import some
 
@@ -109,6 +109,8 @@ def train(
         from aesanet.training.cache import cache_bytes, cached_data
         from aesanet.training.dataset import Trunk, check_missing, find_audio
         from aesanet.training.processes import own_device, started_processes
+        from aesanet.training.state import STATE_NAME
+        from aesanet.training.trainer import BEST_NAME
         from aesanet.training.trainer import train as train_model
 
     config = _config(settings)
@@ -118,9 +120,16 @@ def train(
     with _disk_errors(out), started_processes(device) as processes, ExitStack() as held:
         for place in (out, cache):  # before hours of work
             place.mkdir(parents=True, exist_ok=True)
+        refused = None
         if processes.rank == 0:
-            held.enter_context(alone_in(out))
-            sweep(out, older_seconds=0)
+            try:
+                alone = held.enter_context(alone_in(out))
+            except InputError as error:
+                refused = error
+            else:
+                for name in (STATE_NAME, BEST_NAME):
+                    sweep(out, 0 if alone else LEFT_OVER_SECONDS, name)
+        processes.refuse(refused, device)
         progress = _progress(processes)
         model = _new_model(beats, config).to(device)
         beats_sha256 = None if unfreeze else file_sha256(beats)

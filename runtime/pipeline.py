@@ -186,9 +186,12 @@ class Pipeline(Generic[Row]):
                 yield from self._end_group()
             yield from self._take()
         if failure is not None:  # what was before it is lost to nobody, but no group that could be gone on after
-            yield from self._submit(self._planner.end_group())
-            yield from self._take(0)
-            raise failure
+            try:
+                yield from self._submit(self._planner.end_group())
+                yield from self._take(0)
+                raise failure
+            finally:
+                del failure  # as what it was raised through has this, and so the engine, in it
         if self._rows > self._grouped:
             yield from self._end_group()
         yield from self._take(0)

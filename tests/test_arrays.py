@@ -90,7 +90,7 @@ def test_an_array_that_is_not_on_this_gpu_is_refused(simulated):
 def test_arrays_on_the_gpu_that_cannot_be_read_as_they_are(change, error, told):
     interface = {"shape": (3, 5), "typestr": "<f4", "data": (256, False), "strides": None, "version": 3}
     with pytest.raises(error, match=told):
-        device_array(SimpleNamespace(__cuda_array_interface__=interface | change), 16)
+        device_array(SimpleNamespace(__cuda_array_interface__=interface | change), 16, in_order=False)
 
 
 def test_one_row_of_any_stride_is_contiguous():
@@ -102,7 +102,7 @@ def test_one_row_of_any_stride_is_contiguous():
         "version": 3,
         "stream": 7,
     }
-    found = device_array(SimpleNamespace(__cuda_array_interface__=interface), 16)
+    found = device_array(SimpleNamespace(__cuda_array_interface__=interface), 16, in_order=False)
     assert (found.address, found.shape, found.stream) == (256, (1, 5), 7)
     assert found[0:1].address == 256
 
@@ -117,10 +117,14 @@ def test_a_lender_who_names_no_stream_orders_its_own_work():
 
     interface = {"shape": (2, 5), "typestr": "<f4", "data": (256, False), "strides": None, "version": 2}
     both = SimpleNamespace(__cuda_array_interface__=interface, __dlpack__=lend, __dlpack_device__=lambda: (2, 0))
-    assert device_array(both, 16).address == memory.ctypes.data
+    assert device_array(both, 16, in_order=False).address == memory.ctypes.data
+    assert asked == [16]
+    assert (
+        device_array(both, 16, in_order=True).address == 256
+    )  # the caller named its stream, and cuda-core is not needed
     assert asked == [16]
     both.__cuda_array_interface__ = interface | {"version": 3, "stream": 7}
-    found = device_array(both, 16)
+    found = device_array(both, 16, in_order=False)
     assert (found.address, found.stream) == (256, 7)
 
 
@@ -128,7 +132,7 @@ def test_without_cuda_core_arrays_by_dlpack_are_told_what_is_missing(monkeypatch
     monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
     lent = SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (2, 0))
     with pytest.raises(BackendError, match=r"cuda-core .*: pip install 'aesanet\[gpu\]'"):
-        device_array(lent, 16)
+        device_array(lent, 16, in_order=False)
 
 
 @pytest.mark.parametrize("name", ["cuda_stream", "ptr", "handle"])

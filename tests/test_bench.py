@@ -338,11 +338,23 @@ def test_files_to_rows_beside_both_halves_alone(tiny_bundle, tmp_path, capsys):
     assert "no row can be scored; the first, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("says", ["", "import sys; print('aesanet: loading', file=sys.stderr); "])
+def test_a_run_that_is_killed_is_told(tiny_bundle, tmp_path, monkeypatch, capsys, says):
+    """As by a system without memory for it."""
+    killed = (sys.executable, "-c", f"{says}import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("aesanet.benchmarks.memory._COMMAND", killed)
+    assert run("bench", "memory", tiny_bundle, "--out", tmp_path / "m.csv") == 2
+    told = f"aesanet score {tiny_bundle} long.flac` ended with status -9{': aesanet: loading' * bool(says)}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"aesanet: `{told}"
+    assert not (tmp_path / "m.csv").exists()
+
+
 @pytest.mark.slow
 def test_memory_of_a_run_is_its_own(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "memory.csv"
     ballast = np.ones(60_000_000)  # 480 MB, which a child does not have
-    assert run("bench", "memory", tiny_bundle, "--rows", "40", "--hours", "0.003", "--out", out) == 0
+    engine = ("--backend", "onnxruntime", "--threads", "1", "--no-cuda-graphs")
+    assert run("bench", "memory", tiny_bundle, "--rows", "40", "--hours", "0.003", "--out", out, *engine) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert re.fullmatch(r"one clip of 10 s: \d+ MiB, 0 more than for one clip; 10 s of audio in [\d.]+ s", lines[0])

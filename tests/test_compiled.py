@@ -40,7 +40,7 @@ from aesanet.runtime.backends import compiled as room
 from aesanet.runtime.backends import open_exactly
 from aesanet.runtime.backends.base import BundleFiles, EngineOptions
 from aesanet.runtime.backends.compiled import open_tensorrt, support
-from aesanet.runtime.cuda.error_recorder import process_logger
+from aesanet.runtime.cuda.complaints import process_logger
 from aesanet.runtime.scorer import Scorer
 
 PROFILES = make_profiles([(1.0, 20), (4.0, 3)])

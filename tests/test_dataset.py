@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -86,13 +87,8 @@ def test_lengths_are_remembered_and_survive_a_torn_line(root, tmp_path, monkeypa
     find_audio(clips[:2], root, tmp_path / "cache", SILENT)
     path = tmp_path / "cache" / "lengths.jsonl"
     *first, last = path.read_bytes().splitlines()
-    odd = [
-        last.replace(b": ", b":").replace(b":", b": -", 9),
-        b"\xff\xfe",
-        b"[]",
-        b'{"sha256": "a", "num_samples": "b"}',
-    ]
-    path.write_bytes(b"\n".join([*first, *odd, last[:-7]]))
+    odd = [b"\xff\xfe", b"[]", *(re.sub(rb"\d+}", length, first[0]) for length in (b"-5}", b"5}", b'"b"}', b"1e5}"))]
+    path.write_bytes(b"\n".join([*first, *odd, last[:-1]]))
     first, _ = find_audio(clips, root, tmp_path / "cache", SILENT)
     assert [one.num_samples for one in first] == [round(SAMPLE_RATE * s) for s in SECONDS.values()]
     moved = tmp_path / "moved"

@@ -43,6 +43,8 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 7
     sweep(tmp_path, 3600)
     assert {path.name for path in tmp_path.iterdir()} == {left.name, *others}
+    (tmp_path / ".folder.0123456789abcdef").mkdir()  # which is nothing that was to be written
+    others.append(".folder.0123456789abcdef")
     sweep(tmp_path, 0)
     assert {path.name for path in tmp_path.iterdir()} == set(others)
 

@@ -26,7 +26,7 @@ ASKS = (
     "aesanet/engines.py",
     "export/engine.py",
     "export/timing.py",
-    "runtime/cuda/error_recorder.py",
+    "runtime/cuda/complaints.py",
     "runtime/cuda/kernels.py",
     "runtime/cuda/stage.py",
     "runtime/backends/compiled.py",

@@ -127,6 +127,16 @@ def test_torchrun_starts_the_command(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("aesanet: epoch 1: ") == 1
     assert json.loads((tmp_path / "training.json").read_text())["run"]["processes"] == 2
+    with alone_in(tmp_path):
+        again = subprocess.run(
+            [*torchrun, *command[1:], "--out", tmp_path], env=ONE_THREAD, capture_output=True, text=True
+        )
+    assert again.returncode != 0
+    told = [line for line in again.stderr.splitlines() if line.startswith("aesanet: ")]
+    assert sorted(told) == [
+        f"aesanet: {tmp_path}: another run is writing it; wait for its end, or give another name",
+        "aesanet: another of this run's processes cannot go on, and says why",
+    ]
     load_checkpoint(tmp_path / "best.safetensors", command[command.index("--beats") + 1])
 
 

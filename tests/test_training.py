@@ -220,21 +220,27 @@ def test_a_finished_run_does_nothing(labelled_clips, labelled, tmp_path):
 
 
 @pytest.mark.parametrize("left", [None, 0, 1000])
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_best_checkpoint_that_is_gone_is_made_anew_or_told(left, finished, labelled_clips, labelled, tmp_path):
-    """It is as long as its weights are the last; else nobody is told of a checkpoint that is not there."""
+@pytest.mark.parametrize("when", ["its weights are the last", "others follow", "none follow"])
+def test_a_best_checkpoint_that_is_gone_is_made_anew_or_told(left, when, labelled_clips, labelled, tmp_path):
+    """Nobody is told of a checkpoint that is not there."""
     steps = count(1)
     config = changed(epochs=2, learning_rate=5e-3)  # every epoch is better than the one before
-    run(labelled, labelled_clips, tmp_path, config=config, stop=lambda: not finished and next(steps) == 9)
+    if when == "none follow":
+        config = changed(epochs=3, learning_rate=1e4)  # and none is
+    run(labelled, labelled_clips, tmp_path, config=config, stop=lambda: when == "others follow" and next(steps) == 9)
     best = tmp_path / "best.safetensors"
     content = best.read_bytes()
     if left is None:
         best.unlink()
     else:
         best.write_bytes(content[:left])
-    if finished:
-        assert run(labelled, labelled_clips, tmp_path, config=config).best_epoch == 2
-        assert best.read_bytes() == content
+    progress = Heard()
+    if when != "none follow":
+        assert run(labelled, labelled_clips, tmp_path, config=config, progress=progress).best_epoch == 2
+        noted = any("it was the best so far, whose place the next epoch takes" in line for line in progress.lines)
+        assert noted == (when == "others follow")
+        load_checkpoint(best)
+        assert noted or best.read_bytes() == content
         return
     with pytest.raises(InputError, match=r"best\.safetensors: .*; it was the best, of epoch 1, and .*another --out"):
         run(labelled, labelled_clips, tmp_path, config=config)

@@ -55,6 +55,11 @@ class Processes:
         summed: np.ndarray = total.cpu().numpy()
         return summed
 
+    def refuse(self, reason: InputError | None, device: torch.device) -> None:
+        """Raise in all processes where any of them has a reason: its own there, and in the others that there is one."""
+        if self.add(np.array([int(reason is not None)]), device)[0]:
+            raise reason or InputError("another of this run's processes cannot go on, and says why")
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:

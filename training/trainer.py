@@ -1,5 +1,6 @@
 """Trains an AESA-Net: one loop, the same on a CPU, a GPU or several, that can be killed at any moment and go on."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -294,11 +295,14 @@ class _Run:
         if self.position.batch == 0 and 0 < self.position.best_epoch == self.position.epoch - 1:
             if damage or best.stat().st_mtime_ns < (self.out / STATE_NAME).stat().st_mtime_ns:
                 self._save_best()
-        elif damage and self.position.best_epoch:
+        elif damage and self.position.finished:
             raise InputError(
                 f"{damage}; it was the best, of epoch {self.position.best_epoch}, and only the last weights are kept "
                 "beside it: put it back, or train anew with another --out"
             )
+        elif damage and self.position.best_epoch:
+            self.progress.note(f"{damage}; it was the best so far, whose place the next epoch takes")
+            self.position.best_mse = math.inf
 
     def _write_start(self, sources: Sequence[str | Path]) -> None:
         if self.processes.rank > 0:

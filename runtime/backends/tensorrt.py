@@ -103,8 +103,8 @@ class TensorRTBackend(Backend):
         num_samples : int64 [batch], on the host, each at least 2,800
         stream      : the CUDA stream that fills `waveform` on the GPU (an integer, or an object of PyCUDA, CuPy,
                       PyTorch or cuda.core). What is given to it later waits until the waveform was read. Without a
-                      stream, and where its library names none, the array must be complete; it must stay as it is until
-                      the scores are there
+                      stream, and where its library neither names one nor lends by DLPack, the array must be complete;
+                      it must stay as it is until the scores are there
 
         Raises BackendError, or DeviceMemoryError where not even the fewest clips fit into the GPU's memory.
         """

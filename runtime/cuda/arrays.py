@@ -41,16 +41,18 @@ def on_device(array: Any) -> bool:
     return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in (cuda, managed)
 
 
-def device_array(array: Any, stream: int) -> DeviceArray:
+def device_array(array: Any, stream: int, in_order: bool) -> DeviceArray:
     """Look at an array without copying it.
 
-    stream : that the array will be read on; DLPack lets the lender order its own work before, and so is asked where the
-             array's other description names no stream (PyTorch's)
+    stream   : that the array will be read on
+    in_order : whether the caller sees to the order of reading and filling. Where neither he does nor the array names
+               its stream (PyTorch's), the lender is asked to by way of DLPack
 
     Raises TypeError for another dtype, ValueError where it is not contiguous, BackendError where cuda-core is missing.
     """
     described = getattr(array, "__cuda_array_interface__", None)
-    if described is not None and (described.get("stream") is not None or not hasattr(array, "__dlpack__")):
+    in_order = in_order or (described is not None and described.get("stream") is not None)
+    if described is not None and (in_order or not hasattr(array, "__dlpack__")):
         dtype, shape, strides = np.dtype(described["typestr"]), tuple(described["shape"]), described.get("strides")
         strides = strides and tuple(size // dtype.itemsize for size in strides)
         found = DeviceArray(int(described["data"][0]), shape, described.get("stream"), array)

@@ -172,8 +172,10 @@ class CudaDevice:
 
     def _drive(self, name: str, *arguments: Any) -> Any:
         error, *values = getattr(self._driver, name)(*arguments)
-        if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"CUDA failed in {name}: {error.name}")
+        results = self._driver.CUresult
+        if error != results.CUDA_SUCCESS:
+            full = error == results.CUDA_ERROR_OUT_OF_MEMORY
+            raise (DeviceMemoryError if full else BackendError)(f"CUDA failed in {name}: {error.name}")
         return values[0] if values else None
 
 

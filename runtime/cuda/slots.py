@@ -43,7 +43,7 @@ def checked_batch(waveform: Any, num_samples: np.ndarray, stream: Any, device: C
     num_samples = np.asarray(num_samples, np.int64)
     array: np.ndarray | DeviceArray
     if on_device(waveform):
-        array = device_array(waveform, read_on)
+        array = device_array(waveform, read_on, in_order=stream is not None)
         device.check_here(array.address)
         stream = array.stream if stream is None else stream_handle(stream)
     else:

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 from aesanet.errors import BackendError
+from aesanet.runtime.cuda.complaints import Complaints, process_logger
 from aesanet.runtime.cuda.device import CudaDevice
-from aesanet.runtime.cuda.error_recorder import Complaints, process_logger
 from aesanet.runtime.cuda.kernels import LateKernels
 
 _SEEN_RUNS: Final = 1024  # that are remembered as run once
