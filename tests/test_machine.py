@@ -82,7 +82,7 @@ def test_a_part_that_scripts_gpu_does_not_have_is_refused(tmp_path):
     command = [Path(__file__).parents[1] / "scripts" / "gpu", tmp_path / "out", "test"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "no part test; there are bundle, verify, " in ended.stderr
+    assert "no part test; there are bundle, tests, " in ended.stderr
     assert not (tmp_path / "out").exists()
 
 

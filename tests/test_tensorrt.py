@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import LONGEST, PROFILES, noise
 from simulated_cuda import SimulatedCuda
-from simulated_tensorrt import SimulatedTensorRT, simulated_plan
+from simulated_tensorrt import SimulatedContext, SimulatedTensorRT, simulated_plan
 
 from aesanet.bundle import GRAPH_NAMES, read_manifest
 from aesanet.errors import BackendError, DeviceMemoryError
@@ -174,8 +174,13 @@ def test_tensorrts_own_reason_is_told_and_the_next_batch_is_scored(simulated, re
     backend = simulated.open()
     first, second = noise(np.random.default_rng(0), [9_000]), noise(np.random.default_rng(1), [9_000])
     waiting = backend.submit(*first)
-    context = backend._head._context(0).trt
-    monkeypatch.setattr(context, "execute_async_v3", lambda stream: context._refuse(reason))
+    execute = SimulatedContext.execute_async_v3
+
+    def refused(context, stream):
+        return context._refuse(reason) if context.engine.output == "scores" else execute(context, stream)
+
+    # In all contexts, as others are made where the memory is full.
+    monkeypatch.setattr(SimulatedContext, "execute_async_v3", refused)
     with pytest.raises(error, match=reason):
         backend.scores(*second)
     assert not any(stream.queue for stream in simulated.cuda.streams)  # nothing of the caller's is read any more
