@@ -130,8 +130,7 @@ class AxisParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `aesanet verify` found of one engine: each window alone against PyTorch in FP32, and against itself.
 
-    `graphs` are the sha256 of what it was found of, `engine` has its version, and `engine_key` is a compiled one's: of
-    anything else it says nothing.
+    `graphs` are the sha256 of what it was found of, and `engine` has its version: of anything else it says nothing.
     `reference_rounding` is what FP32 in a front end moves PyTorch's own scores by, at most, and widens the limit of a
     window (see docs/verify.md); `worst_of_limit` is the largest difference as a share of its window's limit;
     `batch_max_abs` is a window among others against the same alone; `repeat_max_abs` the same twice. `failures` are
@@ -149,7 +148,6 @@ class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeat_max_abs: float | None
     limit: float
     failures: tuple[str, ...]
-    engine_key: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

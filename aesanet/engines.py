@@ -58,6 +58,11 @@ def short_key(key: str) -> str:
     return key[:16]
 
 
+def engine_kind(key: str) -> str:
+    """What an engine's backend is called, and `aesanet verify` keeps its findings by: see `Backend.kind`."""
+    return f"tensorrt cuda fp16 {short_key(key)}"
+
+
 def load_library(flavour: Flavour) -> Any:
     """TensorRT's or TensorRT-RTX's module; raises BackendError with what to install."""
     try:

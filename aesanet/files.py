@@ -3,7 +3,7 @@
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -54,20 +54,29 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def lock(descriptor: int) -> bool:
-    """Lock a file or folder for this process until the descriptor is closed; raises BlockingIOError where another has.
+def lock(descriptor: int, busy: Callable[[], None]) -> bool:
+    """Lock a file or folder for this process until the descriptor is closed; waits where another has it locked.
+
+    busy : is called before it waits, and may raise instead
 
     False where the system or the file system has no locks.
     """
     if fcntl is None:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         return False
     return True
+
+
+def locks_folders() -> bool:
+    """Whether the system has locks, and folders that can be opened for them."""
+    return fcntl is not None
 
 
 @contextmanager
@@ -76,16 +85,16 @@ def alone_in(folder: Path) -> Iterator[bool]:
 
     Yields whether that is so: not where there are no locks.
     """
-    if fcntl is None:  # as folders cannot be opened there
+    if not locks_folders():
         yield False
         return
+
+    def busy() -> None:
+        raise InputError(f"{folder}: another run is writing it; wait for its end, or give another name") from None
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            locked = lock(descriptor)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another run is writing it; wait for its end, or give another name") from None
-        yield locked
+        yield lock(descriptor, busy)
     finally:
         os.close(descriptor)
 

@@ -63,7 +63,6 @@ def verify(backend: Backend, manifest: Manifest, reference: Reference) -> tuple[
         repeat_max_abs=_number(repeat),
         limit=limit,
         failures=failures,
-        engine_key=backend.engine_key,
     )
     return result, alone
 

@@ -60,8 +60,8 @@ def report(
     from aesanet.runtime.rows.results import read_results, score_files
 
     files = score_files(scores)
-    if out.suffix.lower() not in PAGE_SUFFIXES or not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: not a place for a page; give a .html in a folder that is there")
+    if out.suffix.lower() not in PAGE_SUFFIXES:
+        raise InputError(f"{out}: a page is {' or '.join(PAGE_SUFFIXES)}; give it such a name")
     check_out(out, overwrite, resume=False, inputs=tuple(files))
     summary = Summary(read_results(files, note), clips)
     if not summary.scored and not summary.failed:

@@ -109,8 +109,6 @@ def train(
         from aesanet.training.cache import cache_bytes, cached_data
         from aesanet.training.dataset import Trunk, check_missing, find_audio
         from aesanet.training.processes import own_device, started_processes
-        from aesanet.training.state import STATE_NAME
-        from aesanet.training.trainer import BEST_NAME
         from aesanet.training.trainer import train as train_model
 
     config = _config(settings)
@@ -120,16 +118,7 @@ def train(
     with _disk_errors(out), started_processes(device) as processes, ExitStack() as held:
         for place in (out, cache):  # before hours of work
             place.mkdir(parents=True, exist_ok=True)
-        refused = None
-        if processes.rank == 0:
-            try:
-                alone = held.enter_context(alone_in(out))
-            except InputError as error:
-                refused = error
-            else:
-                for name in (STATE_NAME, BEST_NAME):
-                    sweep(out, 0 if alone else LEFT_OVER_SECONDS, name)
-        processes.refuse(refused, device)
+        processes.refuse(held.enter_context(_taking(out)) if processes.rank == 0 else None, device)
         progress = _progress(processes)
         model = _new_model(beats, config).to(device)
         beats_sha256 = None if unfreeze else file_sha256(beats)
@@ -169,6 +158,23 @@ def train(
                 stop=interrupted,
             )
     _tell_end(result, out, None if unfreeze else beats, progress)
+
+
+@contextmanager
+def _taking(out: Path) -> "Iterator[InputError | None]":
+    """Keep other runs from the folder, and remove what killed ones left in it; yields why that cannot be."""
+    from aesanet.training.state import STATE_NAME
+    from aesanet.training.trainer import BEST_NAME
+
+    with ExitStack() as held:
+        try:
+            alone = held.enter_context(alone_in(out))
+        except InputError as error:
+            yield error
+            return
+        for name in (STATE_NAME, BEST_NAME):
+            sweep(out, 0 if alone else LEFT_OVER_SECONDS, name)
+        yield None
 
 
 def _config(settings: dict[str, Any]) -> "TrainingConfig":

@@ -21,6 +21,7 @@ from aesanet.engines import (
     Engine,
     Flavour,
     Plan,
+    engine_kind,
     load_library,
     machine_parts,
     read_engine,
@@ -219,13 +220,7 @@ def _with_engine_last(manifest: Manifest, key: str, sha256: str) -> Manifest:
 def _without_engine(manifest: Manifest, key: str) -> Manifest:
     """The manifest without an engine and what was found of it."""
     engines = {other: sha256 for other, sha256 in manifest.engines.items() if other != key}
-    # Of those without a key, which are older, the kind ends with its beginning.
-    of_engine = {
-        kind
-        for kind, found in manifest.verified.items()
-        if found.engine_key == key or (found.engine_key is None and kind.endswith(short_key(key)))
-    }
-    verified = {kind: found for kind, found in manifest.verified.items() if kind not in of_engine}
+    verified = {kind: found for kind, found in manifest.verified.items() if kind != engine_kind(key)}
     return msgspec.structs.replace(manifest, engines=engines, verified=verified)
 
 

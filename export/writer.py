@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,12 +14,7 @@ import msgspec
 from aesanet.bundle import GRAPH_NAMES, MANIFEST_NAME, Manifest, read_manifest
 from aesanet.engines import ENGINES_FOLDER
 from aesanet.errors import ExportError
-from aesanet.files import replacing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from aesanet.files import lock, locks_folders, replacing
 
 _log = logging.getLogger("aesanet")
 
@@ -79,39 +75,30 @@ def changing(bundle: Path) -> Iterator[None]:
     Not to be nested. Nobody waits where there is no bundle yet, or where the system or the file system has no locks for
     folders (Windows, NFS).
     """
-    lock = _lock(bundle) if fcntl is not None else None
+    descriptor = _locked(bundle) if locks_folders() else None
     try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _lock(bundle: Path) -> int | None:
+def _locked(bundle: Path) -> int | None:
     """A descriptor of the folder that is at this place when it is our turn; None where there is none."""
     while True:
         try:
-            lock = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            with suppress(OSError):  # a file system without locks
-                _wait_for(lock, bundle)
+            lock(descriptor, partial(_log.warning, "%s: another command is changing it; waiting", bundle))
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(bundle)):
-                    return lock
+                if os.path.samestat(os.fstat(descriptor), os.stat(bundle)):
+                    return descriptor
         except BaseException:
-            os.close(lock)
+            os.close(descriptor)
             raise
-        os.close(lock)  # another has taken its place meanwhile
-
-
-def _wait_for(lock: int, bundle: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.warning("%s: another command is changing it; waiting", bundle)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.close(descriptor)  # another has taken its place meanwhile
 
 
 def change_manifest(bundle: Path, change: Callable[[Manifest], Manifest]) -> None:

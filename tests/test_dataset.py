@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -161,10 +162,16 @@ def test_a_half_written_cache_is_completed(found, tiny_model, tmp_path):
     files[0].unlink()
     files[3].write_bytes(content[files[3]][:-1])
     files[5].write_bytes(bytes(len(content[files[5]])))  # as a machine leaves it that lost its power
+    killed, writing = (files[0].with_name(f".{files[0].name}.{number:016x}") for number in (7, 8))
+    for left in (killed, writing):
+        left.touch()
+    os.utime(killed, (0, 0))
     kept = {file: file.stat().st_mtime_ns for file in files if file not in (files[0], files[3], files[5])}
     fill()
     assert {file: file.read_bytes() for file in files} == content
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert writing.exists()
+    assert not killed.exists()
 
 
 def test_processes_share_the_work(found, tiny_model, tmp_path):

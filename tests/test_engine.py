@@ -118,13 +118,8 @@ def test_a_damaged_engine_is_refused_and_built_anew(bundle):
         read_engine(bundle, read_manifest(bundle), engine.key)
     manifest = read_manifest(bundle)
     found = not_opened("x", manifest, "fp16", "damaged")
-    of_engine = msgspec.structs.replace(found, engine_key=engine.key)
-    verified = {
-        "openvino cpu fp32": found,
-        "tensorrt cuda fp16": of_engine,
-        f"tensorrt cuda fp16 {engine.key[:16]}": found,  # as older versions kept it
-    }
-    write_manifest(bundle, msgspec.structs.replace(manifest, verified=verified))
+    kinds = ("openvino cpu fp32", f"tensorrt cuda fp16 {engine.key[:16]}")
+    write_manifest(bundle, msgspec.structs.replace(manifest, verified=dict.fromkeys(kinds, found)))
     said = []
     again, built = compile_bundle(bundle, "rtx", SMALL, said.append)
     assert built
@@ -191,7 +186,7 @@ def test_all_engines_but_one_are_removed_and_nothing_else(bundle, capsys):
     found = not_opened(kinds[0], read_manifest(bundle), "fp32", "no reason")
     manifest = msgspec.structs.replace(
         read_manifest(bundle),
-        verified={kinds[0]: found, kinds[1]: msgspec.structs.replace(found, engine_key=first.key)},
+        verified=dict.fromkeys(kinds, found),
         # As nobody's bundle has it, but one from a stranger may.
         engines=read_manifest(bundle).engines | {"../../kept": "0" * 64},
     )

@@ -1,5 +1,6 @@
 """Rows through the whole pipeline, with an engine whose scores are known beforehand."""
 
+import gc
 import weakref
 from functools import partial
 from itertools import islice
@@ -211,6 +212,24 @@ def test_rows_that_fail_to_come_lose_none_of_before(workers, ordered):
         next(running)
     assert not any(isinstance(one, GroupEnd) for one in found)
     assert sorted(row for row, _ in found) == list(range(10))
+
+
+def test_rows_that_fail_to_come_keep_no_engine():
+    def jobs():
+        yield from (job for job, _ in jobs_of([[(9_000, False)]]))
+        raise OSError("the database is gone")
+
+    backend = Known()
+    alive, running = weakref.ref(backend), Pipeline(jobs(), backend, POLICY, Settings(0, 1.0)).run()
+    del backend
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="gone"):
+            list(running)
+        del running
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_stop_ends_with_whole_rows():

@@ -260,8 +260,8 @@ def test_what_cannot_run_is_one_line_and_status_2(tmp_path, capsys):
         ((tmp_path / "none.jsonl", "--out", tmp_path / "r.html"), "none.jsonl: no such file"),
         ((tmp_path / "none*.jsonl", "--out", tmp_path / "r.html"), "none*.jsonl: no such files"),
         ((tmp_path, "--out", tmp_path / "r.html"), "a folder; give the score files in it"),
-        ((scores, "--out", scores), "not a place for a page"),
-        ((scores, "--out", tmp_path / "no" / "r.html"), "not a place for a page"),
+        ((scores, "--out", scores), "a page is .html or .htm"),
+        ((scores, "--out", tmp_path / "no" / "r.html"), "there is no folder "),
     ):
         assert report(*arguments) == 2
         captured = capsys.readouterr()

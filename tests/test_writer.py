@@ -14,7 +14,6 @@ import pytest
 
 from aesanet.bundle import read_manifest
 from aesanet.errors import BundleError, ExportError
-from aesanet.export import writer
 from aesanet.export.writer import change_manifest, changing, new_bundle
 
 pytest.importorskip("fcntl", reason="the system has no locks of files")
@@ -90,13 +89,13 @@ def test_a_new_bundle_waits_for_who_changes_the_old_one(tiny_bundle, tmp_path, c
 @pytest.mark.parametrize("locks", [True, False])
 def test_a_bundle_that_is_not_there_is_told(tmp_path, monkeypatch, locks):
     if not locks:
-        monkeypatch.setattr(writer, "fcntl", None)
+        monkeypatch.setattr("aesanet.files.fcntl", None)
     with pytest.raises(BundleError, match="no bundle here"):
         change_manifest(tmp_path / "none", lambda manifest: manifest)
 
 
 def test_without_locks_a_bundle_is_changed_all_the_same(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "fcntl", None)
+    monkeypatch.setattr("aesanet.files.fcntl", None)
     bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
     enter("a", bundle, None, times=2)
     assert list(read_manifest(bundle).engines) == ["a 0", "a 1"]

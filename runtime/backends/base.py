@@ -35,8 +35,6 @@ class Backend(ABC):
     precision: Precision
     form: GraphForm
     """Of the bundle's graphs, that it runs or was compiled from."""
-    engine_key: str | None = None
-    """Of the compiled engine that it runs."""
 
     @abstractmethod
     def scores(self, waveform: np.ndarray, num_samples: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from aesanet.engines import (
     ENGINES_FOLDER,
     MODULES,
     Flavour,
+    engine_kind,
     library_version,
     load_library,
     misfits,
@@ -45,8 +46,7 @@ def open_tensorrt(files: BundleFiles, options: EngineOptions) -> TensorRTBackend
         _try(backend, files.manifest.window.window_samples)
         with device.current():
             kernels.keep()  # a process that is killed later has made most of them by now
-        backend.engine_key = key
-        backend.kind += f" {short_key(key)}"  # what was found of one engine says nothing of another
+        backend.kind = engine_kind(key)  # what was found of one engine says nothing of another
         return backend
 
     return first_that_runs(files, gpu, opened)

@@ -68,11 +68,11 @@ class RowFile:
         self._run = json.loads(json.dumps(run))
         self._file: BinaryIO = open(path, "ab", buffering=0)  # noqa: SIM115  # held until `close`
         self._keeps_state = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)  # a pipe or a device has none
-        try:
-            lock(self._file.fileno())
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(f"{self.name}: another run is writing it") from None
+        lock(self._file.fileno(), self._busy)
+
+    def _busy(self) -> None:
+        self._file.close()
+        raise InputError(f"{self.name}: another run is writing it") from None
 
     def begin(self) -> None:
         """Start anew: what was in the file is gone."""
