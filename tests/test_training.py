@@ -224,9 +224,9 @@ def test_a_finished_run_does_nothing(labelled_clips, labelled, tmp_path):
 def test_a_best_checkpoint_that_is_gone_is_made_anew_or_told(left, when, labelled_clips, labelled, tmp_path):
     """Nobody is told of a checkpoint that is not there."""
     steps = count(1)
-    config = changed(epochs=2, learning_rate=5e-3)  # every epoch is better than the one before
-    if when == "none follow":
-        config = changed(epochs=3, learning_rate=1e4)  # and none is
+    config = changed(epochs=2, learning_rate=1e4)  # no epoch is better than the first
+    if when == "its weights are the last":
+        config = changed(epochs=2, learning_rate=5e-3)  # every epoch is better than the one before
     run(labelled, labelled_clips, tmp_path, config=config, stop=lambda: when == "others follow" and next(steps) == 9)
     best = tmp_path / "best.safetensors"
     content = best.read_bytes()
