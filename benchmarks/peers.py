@@ -147,6 +147,8 @@ def take_turns(
     """
     seen = {told: Seen() for told in entered}
     for number in range(-warm_ups, rounds):
+        if not seen:
+            break
         order = deque(seen)
         order.rotate(-number)
         for told in order:

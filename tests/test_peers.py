@@ -269,3 +269,9 @@ def test_a_note_says_how_to_install_who_is_absent(monkeypatch):
     plan = peers.Plan("files", "cpu", 1, (1,), 1, 1, None)
     assert not any(one.name.startswith("audiobox") for one in peers._contestants(plan, told.append))
     assert told == [f"left out: audiobox-aesthetics, which is not installed: {audiobox.INSTALL}"]
+
+
+def test_nobody_takes_no_turns():
+    told = []
+    assert take_turns({}, 3, 6, told.append) == {}
+    assert told == []
